@@ -1,0 +1,213 @@
+//! B9: somebody else moves a vCPU: how long it stays where it should not be.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use scheduler::{CpuSet, Tid};
+
+use super::{
+    Criterion, Experiment, Metric, Outcome, Planes, Plot, Settings, Variant, own_ledger, rota,
+};
+use crate::{
+    Result, clock,
+    protocol::Results,
+    vm::{self, Body, Control, VmSpec, confine},
+};
+
+const WARM_UP: Duration = Duration::from_millis(300);
+const LOOK_EVERY_NS: u64 = 200_000;
+const LIMIT_MS: f64 = 50.0;
+const EVENTS: [(&str, Event); 2] = [("taskset", Event::Taskset), ("cpuset", Event::Cpuset)];
+
+/// What somebody else does.
+#[derive(Clone, Copy, PartialEq)]
+enum Event {
+    /// `sched_setaffinity` of the vCPU's thread, as `taskset -p` does.
+    Taskset,
+    /// A write to `cpuset.cpus` of the group the thread is in.
+    Cpuset,
+}
+
+pub(super) fn experiment(settings: &Settings) -> Experiment {
+    let metric = |key, label, unit| Metric { key, label, unit };
+    Experiment {
+        id: "B9",
+        title: "somebody else moves a vCPU: how long it stays there",
+        setting: "a VM of 1 vCPU (thread) that never stops, to be on CPU a; somebody moves it to CPU b, with taskset or by writing to \
+                  its cpuset; at most the run's seconds, in which it was not moved back"
+            .into(),
+        metrics: vec![
+            metric("wrong", "on the wrong CPU", "ms"),
+            metric("back", "moved back", "%"),
+            metric("refused", "the move cannot be made", "%"),
+        ],
+        variants: variants(settings),
+        criteria,
+        plot: Plot::Bars("wrong"),
+    }
+}
+
+fn variants(settings: &Settings) -> Vec<Variant> {
+    let planes = Planes::new(settings);
+    let mut variants = Vec::new();
+    for (what, event) in EVENTS {
+        let controls = [
+            (
+                "cloud-hypervisor",
+                "affinity=[0@[a]]: one sched_setaffinity; nobody looks again",
+                Control::CloudHypervisor {
+                    affinity: vec![planes.first.clone()],
+                },
+            ),
+            (
+                "libvirt",
+                "vcpupin: group and sched_setaffinity; nobody looks again",
+                Planes::libvirt(vec![planes.first.clone()]),
+            ),
+            (
+                "k8s static",
+                "the process in a cpuset of CPU a; the kubelet looks every 10 s, which is longer than a run, and is not emulated",
+                Control::Kubernetes {
+                    cpus: planes.first.clone(),
+                    millicpus: 1000,
+                },
+            ),
+            (
+                "rota",
+                "rota --sched map=[0@[a]] with its reconcile loop",
+                rota(format!("map=[0@[{}]]", planes.first)),
+            ),
+        ];
+        for (who, how, control) in controls {
+            let (wanted, wrong) = (planes.first.clone(), planes.second.clone());
+            variants.push(Variant {
+                name: format!("{what}, {who}"),
+                how: how.into(),
+                run: Box::new(move |settings| once(settings, event, &control, &wanted, &wrong)),
+            });
+        }
+    }
+    variants
+}
+
+fn once(
+    settings: &Settings,
+    event: Event,
+    control: &Control,
+    wanted: &CpuSet,
+    wrong: &CpuSet,
+) -> Result<Outcome> {
+    let mut spec = VmSpec {
+        name: "moved".into(),
+        vcpus: vec![Body::Units {
+            work: settings.work(100.0),
+        }],
+        control: control.clone(),
+    };
+    if let Control::Rota { ledger, .. } = &mut spec.control {
+        *ledger = own_ledger(settings)?;
+    }
+    let mut outcome = Outcome::default();
+    let limit = settings.time.saturating_sub(Duration::from_millis(100));
+    let mut disturb = |pids: &[u32]| -> Result<()> {
+        let (pid, tid) = pids
+            .first()
+            .and_then(|pid| Some((*pid, vcpu_of(*pid)?)))
+            .ok_or("the VM has no vCPU")?;
+        let begun = clock::now_ns();
+        let moved = match event {
+            Event::Taskset => confine(Tid(tid), wrong),
+            Event::Cpuset => write_cpuset(pid, tid, wrong),
+        };
+        let refused = moved.is_err();
+        if let Err(error) = moved {
+            outcome.notes.push(format!("the move is refused: {error}"));
+        }
+        let mut back = affinity(pid, tid).as_ref() == Some(wanted);
+        while !back && clock::now_ns() - begun < limit.as_nanos() as u64 {
+            clock::sleep_until(clock::now_ns() + LOOK_EVERY_NS);
+            back = affinity(pid, tid).as_ref() == Some(wanted);
+        }
+        let ms = match refused {
+            true => 0.0,
+            false => (clock::now_ns() - begun) as f64 / 1e6,
+        };
+        outcome.metrics.insert("wrong", ms);
+        outcome
+            .metrics
+            .insert("back", if back { 100.0 } else { 0.0 });
+        outcome
+            .metrics
+            .insert("refused", if refused { 100.0 } else { 0.0 });
+        Ok(())
+    };
+    let together = vm::run(&[spec], WARM_UP, settings.time, &mut disturb)?;
+    outcome.steal = together.steal;
+    outcome.others = Some(together.others);
+    Ok(outcome)
+}
+
+/// The thread of a VM's first vCPU.
+fn vcpu_of(pid: u32) -> Option<i32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    threads
+        .filter_map(std::result::Result::ok)
+        .find(|entry| {
+            fs::read_to_string(entry.path().join("comm")).is_ok_and(|name| name.trim() == "vcpu0")
+        })?
+        .file_name()
+        .to_str()?
+        .parse()
+        .ok()
+}
+
+fn affinity(pid: u32, tid: i32) -> Option<CpuSet> {
+    let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).ok()?;
+    let list = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    list.trim().parse().ok()
+}
+
+/// Writes to the group a thread is in, if that is not a group of others as well.
+fn write_cpuset(pid: u32, tid: i32, cpus: &CpuSet) -> io::Result<()> {
+    let own = cpuset_of(Path::new("/proc/self/cgroup"))?;
+    let group = cpuset_of(&PathBuf::from(format!("/proc/{pid}/task/{tid}/cgroup")))?;
+    if group == own {
+        return Err(io::Error::other("it has no cpuset of its own"));
+    }
+    // A group within another has to fit into it.
+    if let Some(parent) = group.parent().filter(|parent| *parent != own) {
+        fs::write(
+            parent.join("cpuset.cpus"),
+            fs::read_to_string(own.join("cpuset.cpus"))?,
+        )?;
+    }
+    fs::write(group.join("cpuset.cpus"), cpus.to_string())
+}
+
+fn cpuset_of(file: &Path) -> io::Result<PathBuf> {
+    let text = fs::read_to_string(file)?;
+    let path = text
+        .lines()
+        .find_map(|line| line.split_once(":cpuset:"))
+        .map(|(_, path)| path);
+    let path = path.ok_or_else(|| io::Error::other("no version 1 hierarchy has cpuset"))?;
+    Ok(Path::new("/sys/fs/cgroup/cpuset").join(path.trim_start_matches('/')))
+}
+
+fn criteria(results: &Results) -> Vec<Criterion> {
+    EVENTS
+        .map(|(what, _)| {
+            let median = results.median(&format!("{what}, rota"), "wrong");
+            Criterion::number(
+                format!("{what}, rota: at most 50 ms, in the worst run"),
+                median.map(|median| median.most),
+                |ms| ms <= LIMIT_MS,
+            )
+        })
+        .into()
+}

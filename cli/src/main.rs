@@ -1,0 +1,78 @@
+//! The `rota` command.
+
+mod doctor;
+mod plan;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, error::ErrorKind};
+
+/// The status for an error.
+const FAILURE: u8 = 1;
+/// The status for a command line that makes no sense.
+const USAGE: u8 = 2;
+/// The status for a guest that could not go on.
+const CRASHED: u8 = 3;
+
+#[derive(Parser)]
+#[command(
+    name = "rota",
+    version,
+    about = "A virtual machine monitor for the Microsoft Hypervisor (/dev/mshv)",
+    after_help = "Example:\n  rota run --kernel vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0' --memory size=1G\n\n\
+                  Exit status: 0 the guest powered off or was ended by a signal or Ctrl-A x, 1 error, 2 wrong usage, \
+                  3 the guest crashed."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a virtual machine until it ends
+    Run(run::Run),
+    /// Look at this machine: device, who schedules VPs and how that is known, what policies would get
+    Doctor(doctor::Doctor),
+    /// Show where a machine's vCPUs would run, and why, without starting it
+    Plan(plan::Plan),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return ExitCode::from(complain(&error)),
+    };
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing::Level::WARN)
+        .with_target(false)
+        .without_time()
+        .init();
+    match cli.command {
+        Command::Run(run) => ExitCode::from(run.run()),
+        Command::Doctor(doctor) => ExitCode::from(doctor.run()),
+        Command::Plan(plan) => ExitCode::from(plan.run()),
+    }
+}
+
+/// Help and version go out whole; an error is one line.
+fn complain(error: &clap::Error) -> u8 {
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    ) {
+        // Nobody is left to tell that standard output is closed.
+        let _ = error.print();
+        return 0;
+    }
+    let text = error.to_string();
+    let message: Vec<_> = text
+        .lines()
+        .take_while(|line| !line.is_empty())
+        .map(str::trim)
+        .collect();
+    eprintln!("{} (see --help)", message.join(" "));
+    USAGE
+}

@@ -1,0 +1,185 @@
+//! `rota run`: one machine in the foreground.
+
+use std::{error::Error, path::PathBuf, str::FromStr, time::Instant};
+
+use clap::Args;
+use scheduler::{PolicyError, SchedMode, VmPolicy, policy::CpusOption};
+use vmm::{
+    config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig},
+    control::{self, Ended, RunError},
+    partition::PartitionError,
+    report::Report,
+    scheduling::SchedulingConfig,
+};
+
+use crate::{CRASHED, FAILURE};
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    rota run --kernel vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0'\n  \
+    rota run --kernel vmlinuz --cpus boot=4 --memory size=2G,shared=on --serial file=guest.log\n  \
+    rota run --kernel vmlinuz --cpus boot=2 --sched placement=dedicated,slice=latency\n  \
+    softmshv rota run --kernel vmlinuz          (on a machine without the Microsoft Hypervisor)\n\n\
+With --serial tty all keys go to the guest; Ctrl-A x ends the machine, Ctrl-A Ctrl-A sends one Ctrl-A.\n\
+A guest's reset starts it again. SIGINT, SIGTERM and SIGHUP end the machine in order, a second one at once.\n\n\
+Exit status:\n  \
+    0  the guest powered off, or was ended by a signal or Ctrl-A x\n  \
+    1  error: the machine could not be started or run\n  \
+    2  wrong usage\n  \
+    3  the guest crashed (triple fault, halt for ever, an instruction that cannot be emulated); its state is printed")]
+pub(crate) struct Run {
+    /// Kernel: a bzImage, or an ELF image with a PVH entry point
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial RAM file system
+    #[arg(long, value_name = "FILE")]
+    initramfs: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        default_value = "boot=1",
+        help = "Virtual processors: boot=N[,max=N][,topology=T:C:D:P][,affinity=[0@[0-1],1@[2,3]]][,core_scheduling=vm|vcpu|off]"
+    )]
+    cpus: Cpus,
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        default_value = "size=512M",
+        help = "Guest memory: size=SIZE[,shared=on|off][,hugepages=on|off], sizes as 512M or 2G"
+    )]
+    memory: MemoryConfig,
+    /// Serial port: tty, file=PATH, pty, off (none at all) or null (one that prints nowhere)
+    #[arg(long, value_name = "MODE", default_value = "tty")]
+    serial: SerialConfig,
+    #[command(flatten)]
+    scheduling: SchedulingArguments,
+    /// Write a JSON report at the end: exits and ioctls by kind, times, memory, scheduler
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+impl Run {
+    /// Runs the machine; returns the process's exit status.
+    pub(crate) fn run(self) -> u8 {
+        let mut report = Report::new(Instant::now());
+        let scheduling = match self.scheduling.complete(&self.cpus.placement) {
+            Ok(scheduling) => scheduling,
+            Err(error) => {
+                eprintln!("rota: {error}");
+                return FAILURE;
+            }
+        };
+        let config = VmConfig {
+            payload: PayloadConfig {
+                kernel: self.kernel,
+                cmdline: self.cmdline,
+                initramfs: self.initramfs,
+            },
+            cpus: self.cpus.config,
+            memory: self.memory,
+            serial: self.serial,
+            scheduling,
+        };
+        let result = control::run(&config, &mut report);
+        let (status, ended) = match &result {
+            Ok(Ended::PoweredOff) => (0, "powered off"),
+            Ok(Ended::Interrupted) => (0, "interrupted"),
+            Ok(Ended::Crashed(crash)) => {
+                eprint!("rota: the guest crashed: {crash}");
+                (CRASHED, "crashed")
+            }
+            Err(error) => {
+                eprintln!("rota: {}", chain(error));
+                (FAILURE, "error")
+            }
+        };
+        if let Some(path) = &self.report
+            && let Err(error) = report.write(path, config.cpus.boot_vcpus, ended)
+        {
+            eprintln!(
+                "rota: cannot write the report to {}: {error}",
+                path.display()
+            );
+            return status.max(FAILURE);
+        }
+        status
+    }
+}
+
+/// `--cpus`: how many, and where they run.
+#[derive(Clone)]
+struct Cpus {
+    config: CpusConfig,
+    placement: CpusOption,
+}
+
+impl FromStr for Cpus {
+    type Err = Box<dyn Error + Send + Sync>;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let placement: CpusOption = text.parse()?;
+        let config = placement.others.parse()?;
+        Ok(Self { config, placement })
+    }
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Scheduling")]
+struct SchedulingArguments {
+    /// Where and when the vCPUs run, as key=value,… (see `rota plan --help`); without it they are left to Linux
+    #[arg(long, value_name = "POLICY")]
+    sched: Option<VmPolicy>,
+    /// Name of the machine in the ledger of this host's machines
+    #[arg(long)]
+    name: Option<String>,
+    /// Carry the policy out as in this mode (root, integrated, core, classic), whatever was found
+    #[arg(long, value_name = "MODE")]
+    sched_mode: Option<SchedMode>,
+    /// … even if VPs were seen to run elsewhere than on their threads
+    #[arg(long, requires = "sched_mode")]
+    sched_mode_force: bool,
+    /// Another ledger than this host's
+    #[arg(long, value_name = "FILE")]
+    ledger: Option<PathBuf>,
+}
+
+impl SchedulingArguments {
+    /// With what `--cpus` says.
+    fn complete(self, cpus: &CpusOption) -> Result<SchedulingConfig, PolicyError> {
+        let mut policy = self.sched;
+        if !cpus.affinity.is_empty() || cpus.core_scheduling.is_some() {
+            cpus.complete(policy.get_or_insert_default())?;
+        }
+        Ok(SchedulingConfig {
+            policy,
+            threads_per_core: Some(cpus.threads_per_core),
+            mode: self.sched_mode,
+            mode_force: self.sched_mode_force,
+            name: self.name,
+            ledger: self.ledger,
+        })
+    }
+}
+
+/// An error, its causes, and a hint where there is one, in one line.
+fn chain(error: &RunError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Transparent errors say what their cause says.
+        let message = error.to_string();
+        if !text.ends_with(&message) {
+            text = format!("{text}: {message}");
+        }
+        cause = error.source();
+    }
+    if matches!(error, RunError::Partition(PartitionError::NoDevice)) {
+        text += ": this machine has no Microsoft Hypervisor, or its mshv module is not loaded; try `softmshv rota run …`";
+    }
+    text
+}

@@ -1,0 +1,182 @@
+//! A VM's entry in the ledger, from the plan to the end of the VM.
+
+use super::{Ledger, LedgerEntry, LedgerError, LedgerState, Owner, Rotation};
+use crate::{Plan, Rejection, VmId, VmPlan};
+
+/// Why there is no claim.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// The ledger cannot be used.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// There is no such plan.
+    #[error("the request cannot be met")]
+    Rejected(Box<Rejection>),
+    /// There is a VM of that name already.
+    #[error("process {pid} runs a VM named {vm}: give this one another name")]
+    Taken {
+        /// The name.
+        vm: VmId,
+        /// Who runs it.
+        pid: u32,
+    },
+    /// The plan is for several VMs, or none.
+    #[error("a claim is for one VM, and the plan has {0}")]
+    NotOne(usize),
+}
+
+/// What one VM has been given. It is given back when this is dropped, or when the process ends in whatever way.
+#[derive(Debug)]
+pub struct Claim {
+    entry: Entry,
+    plan: VmPlan,
+}
+
+/// Where a VM's entry is.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    ledger: Ledger,
+    owner: Owner,
+    vm: VmId,
+}
+
+impl Ledger {
+    /// Plans one VM and writes its plan down, with nobody else doing so at the same time. `plan` gets what the others have; it
+    /// may be called again by another process only after the result is in the file.
+    ///
+    /// # Errors
+    /// What `plan` rejects, or a ledger that cannot be used. Then nothing is written.
+    pub fn claim(
+        &self,
+        owner: Owner,
+        plan: impl FnOnce(&LedgerState) -> Result<Plan, Rejection>,
+    ) -> Result<Claim, ClaimError> {
+        let plan = self.update(|state| {
+            let mut plan =
+                plan(state).map_err(|rejection| ClaimError::Rejected(Box::new(rejection)))?;
+            let Some(own) = plan.vms.pop().filter(|_| plan.vms.is_empty()) else {
+                return Err(ClaimError::NotOne(plan.vms.len()));
+            };
+            if let Some(entry) = state.entry(&own.request.vm)
+                && entry.owner != owner
+            {
+                return Err(ClaimError::Taken {
+                    vm: own.request.vm,
+                    pid: entry.owner.pid,
+                });
+            }
+            for adjusted in plan.adjusted {
+                let vm = &adjusted.request.vm;
+                if let Some(entry) = state
+                    .entries
+                    .iter_mut()
+                    .find(|entry| entry.plan.request.vm == *vm)
+                {
+                    entry.plan = adjusted;
+                }
+            }
+            state
+                .entries
+                .retain(|entry| entry.plan.request.vm != own.request.vm);
+            state.entries.push(LedgerEntry {
+                owner: owner.clone(),
+                plan: own.clone(),
+                rotation: None,
+            });
+            Ok(own)
+        })?;
+        Ok(Claim {
+            entry: Entry {
+                ledger: self.clone(),
+                owner,
+                vm: plan.request.vm.clone(),
+            },
+            plan,
+        })
+    }
+}
+
+impl Claim {
+    /// The plan as it was made.
+    #[must_use]
+    pub fn plan(&self) -> &VmPlan {
+        &self.plan
+    }
+
+    /// The ledger it is in.
+    #[must_use]
+    pub fn ledger(&self) -> &Ledger {
+        &self.entry.ledger
+    }
+
+    /// Who holds it.
+    #[must_use]
+    pub fn owner(&self) -> &Owner {
+        &self.entry.owner
+    }
+
+    /// The plan as it is now: others may have changed it on making theirs.
+    ///
+    /// # Errors
+    /// The ledger cannot be used.
+    pub fn current(&self) -> Result<Option<VmPlan>, LedgerError> {
+        self.entry.plan()
+    }
+
+    pub(crate) fn entry(&self) -> &Entry {
+        &self.entry
+    }
+}
+
+impl Entry {
+    pub(crate) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Is it this one?
+    pub(crate) fn is(&self, entry: &LedgerEntry) -> bool {
+        entry.owner == self.owner && entry.plan.request.vm == self.vm
+    }
+
+    pub(crate) fn plan(&self) -> Result<Option<VmPlan>, LedgerError> {
+        let state = self.ledger.read()?;
+        Ok(state
+            .entries
+            .into_iter()
+            .find(|entry| self.is(entry))
+            .map(|entry| entry.plan))
+    }
+
+    /// Tells the others how this VM takes turns with them.
+    pub(crate) fn set_rotation(&self, rotation: Option<Rotation>) -> Result<(), LedgerError> {
+        self.change(|entry| entry.rotation = rotation)
+    }
+
+    /// Tells the others what turns have gained.
+    pub(crate) fn set_gain(&self, gain_milli: i32) -> Result<(), LedgerError> {
+        self.change(|entry| {
+            if let Some(rotation) = &mut entry.rotation {
+                rotation.gain_milli = Some(gain_milli);
+            }
+        })
+    }
+
+    fn change(&self, change: impl FnOnce(&mut LedgerEntry)) -> Result<(), LedgerError> {
+        self.ledger.update(|state| {
+            if let Some(entry) = state.entries.iter_mut().find(|entry| self.is(entry)) {
+                change(entry);
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // A ledger that cannot be changed now will be by the next one that can, which finds this process gone.
+        let _ = self.entry.ledger.update::<_, LedgerError>(|state| {
+            state.entries.retain(|entry| !self.entry.is(entry));
+            Ok(())
+        });
+    }
+}

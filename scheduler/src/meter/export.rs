@@ -1,0 +1,202 @@
+//! A sample for people's tools: Prometheus' text format, JSON, and sums over a VM.
+
+use std::fmt::Write;
+
+use super::{
+    histogram::Latency,
+    sample::{Metered, VcpuMeter, VmMeter},
+};
+
+/// A counter: its name, what it is, nanoseconds or a count, and where it is.
+type Counter = (&'static str, &'static str, bool, fn(&VcpuMeter) -> &Metered);
+
+const COUNTERS: &[Counter] = &[
+    ("run_seconds", "Time the vCPU ran.", true, |vcpu| {
+        &vcpu.run_ns
+    }),
+    (
+        "wait_seconds",
+        "Time the vCPU was ready and had no CPU.",
+        true,
+        |vcpu| &vcpu.wait_ns,
+    ),
+    (
+        "steal_seconds",
+        "Time the CPU beneath was taken.",
+        true,
+        |vcpu| &vcpu.steal_ns,
+    ),
+    (
+        "halted_seconds",
+        "Time the vCPU neither ran nor wanted to.",
+        true,
+        |vcpu| &vcpu.halted_ns,
+    ),
+    ("slices", "Times the vCPU was given a CPU.", false, |vcpu| {
+        &vcpu.slices
+    }),
+    (
+        "voluntary_switches",
+        "Times the vCPU gave its CPU up.",
+        false,
+        |vcpu| &vcpu.voluntary_switches,
+    ),
+    (
+        "involuntary_switches",
+        "Times the vCPU's CPU was taken.",
+        false,
+        |vcpu| &vcpu.involuntary_switches,
+    ),
+    (
+        "migrations",
+        "Moves of the vCPU to another CPU.",
+        false,
+        |vcpu| &vcpu.migrations,
+    ),
+    ("halts", "Times the vCPU halted.", false, |vcpu| &vcpu.halts),
+    (
+        "long_spins",
+        "Times the guest told the hypervisor that it spins for long.",
+        false,
+        |vcpu| &vcpu.long_spins,
+    ),
+];
+
+impl VmMeter {
+    /// As JSON, for tools.
+    ///
+    /// # Errors
+    /// None in practice: everything in it has a form in JSON.
+    pub fn to_json(&self) -> serde_json::Result<String> {
+        serde_json::to_string_pretty(self)
+    }
+
+    /// In Prometheus' text format. What is unmetered has no value there: `rota_vcpu_unmetered` names it.
+    #[must_use]
+    pub fn to_prometheus(&self) -> String {
+        let mut text = String::new();
+        let vm = escape(&self.vm.0);
+        for (name, help, is_time, of) in COUNTERS {
+            family(
+                &mut text,
+                &format!("rota_vcpu_{name}_total"),
+                help,
+                "counter",
+            );
+            for vcpu in &self.vcpus {
+                if let Metered::Known(value) = of(vcpu) {
+                    let labels = format!("vm=\"{vm}\",vcpu=\"{}\"", vcpu.vcpu);
+                    let _ = match is_time {
+                        true => writeln!(
+                            text,
+                            "rota_vcpu_{name}_total{{{labels}}} {}",
+                            seconds(*value)
+                        ),
+                        false => writeln!(text, "rota_vcpu_{name}_total{{{labels}}} {value}"),
+                    };
+                }
+            }
+        }
+        family(
+            &mut text,
+            "rota_vcpu_unmetered",
+            "What nobody here can tell.",
+            "gauge",
+        );
+        for vcpu in &self.vcpus {
+            for (name, _, _, of) in COUNTERS {
+                if let Metered::Unmetered(why) = of(vcpu) {
+                    let _ = writeln!(
+                        text,
+                        "rota_vcpu_unmetered{{vm=\"{vm}\",vcpu=\"{}\",metric=\"{name}\",why=\"{}\"}} 1",
+                        vcpu.vcpu,
+                        escape(why)
+                    );
+                }
+            }
+        }
+        self.exits(&mut text, &vm);
+        for (name, help, of) in [
+            (
+                "rota_vm_kick_to_run_seconds",
+                "From a kick to the next time the vCPU was about to run.",
+                (|vcpu| &vcpu.kick_to_run) as fn(&VcpuMeter) -> &Latency,
+            ),
+            (
+                "rota_vm_irq_to_run_seconds",
+                "From an interrupt to the next time the vCPU was seen, an upper bound.",
+                |vcpu| &vcpu.irq_to_run,
+            ),
+        ] {
+            family(&mut text, name, help, "histogram");
+            histogram(&mut text, name, &vm, self.vcpus.iter().map(of));
+        }
+        text
+    }
+
+    fn exits(&self, text: &mut String, vm: &str) {
+        for (name, help, is_time) in [
+            ("rota_vcpu_exits_total", "Exits to the VMM, by kind.", false),
+            (
+                "rota_vcpu_exit_seconds_total",
+                "Time until the vCPU went on, by kind.",
+                true,
+            ),
+        ] {
+            family(text, name, help, "counter");
+            for vcpu in &self.vcpus {
+                for (kind, exit) in &vcpu.exits {
+                    let labels = format!("vm=\"{vm}\",vcpu=\"{}\",kind=\"{kind}\"", vcpu.vcpu);
+                    let _ = match is_time {
+                        true => writeln!(text, "{name}{{{labels}}} {}", seconds(exit.ns)),
+                        false => writeln!(text, "{name}{{{labels}}} {}", exit.count),
+                    };
+                }
+            }
+        }
+    }
+}
+
+fn family(text: &mut String, name: &str, help: &str, kind: &str) {
+    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+/// All vCPUs together: one power of two a bucket.
+fn histogram<'a>(
+    text: &mut String,
+    name: &str,
+    vm: &str,
+    latencies: impl Iterator<Item = &'a Latency> + Clone,
+) {
+    let mut powers: Vec<(u64, u64)> = latencies
+        .clone()
+        .flat_map(|latency| latency.powers.iter().copied())
+        .collect();
+    powers.sort_unstable();
+    let mut total = 0;
+    let mut powers = powers.into_iter().peekable();
+    while let Some((end, count)) = powers.next() {
+        total += count;
+        if powers.peek().is_none_or(|(next, _)| *next != end) {
+            let _ = writeln!(
+                text,
+                "{name}_bucket{{vm=\"{vm}\",le=\"{}\"}} {total}",
+                seconds(end)
+            );
+        }
+    }
+    let _ = writeln!(text, "{name}_bucket{{vm=\"{vm}\",le=\"+Inf\"}} {total}");
+    let sum: u64 = latencies.map(|latency| latency.sum_ns).sum();
+    let _ = writeln!(text, "{name}_sum{{vm=\"{vm}\"}} {}", seconds(sum));
+    let _ = writeln!(text, "{name}_count{{vm=\"{vm}\"}} {total}");
+}
+
+fn seconds(ns: u64) -> f64 {
+    ns as f64 / 1e9
+}
+
+fn escape(text: &str) -> String {
+    text.replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
+}

@@ -1,0 +1,136 @@
+//! What is not wrong with a plan and still worth knowing.
+
+use super::{layout::width, place::whole_cores, space::Space};
+use crate::{
+    Binding, Host, Placement, SchedMode, Slice, SmtIsolation, VmPlan, VmPolicy, policy::Time,
+};
+
+/// How the note begins that a VM was left where it was for want of a better place.
+const STAYS: &str = "stays where it was";
+
+/// Writes the notes of `plan`: all of them, but for [`stay`].
+pub(super) fn write(space: &Space<'_>, plan: &mut VmPlan) {
+    let host = space.host;
+    let mut notes = Vec::new();
+    if let Ok(keys) = without_effect(host.mode, &plan.request.policy)
+        && !keys.is_empty()
+    {
+        notes.push(format!(
+            "the hypervisor schedules the VPs here: no effect of {keys}"
+        ));
+    }
+    placement(host, plan, &mut notes);
+    if plan.threads_per_core < plan.request.threads_per_core {
+        notes.push(format!(
+            "the guest is shown 1 thread per core, not {}: its vCPUs are not siblings on the host",
+            plan.request.threads_per_core
+        ));
+    }
+    smt(space, plan, &mut notes);
+    time(host, plan, &mut notes);
+    plan.notes = notes;
+}
+
+fn placement(host: &Host, plan: &VmPlan, notes: &mut Vec<String>) {
+    match &plan.request.policy.placement {
+        Placement::NumaLocal { .. } if plan.memory_nodes.len() > 1 => {
+            notes.push("no single NUMA node has room for the whole VM".to_owned());
+        }
+        Placement::Map(map) => {
+            let stacked = map.iter().enumerate().find_map(|(at, (vcpu, cpus))| {
+                let alone = |other: &&(u32, _)| cpus.len() == 1 && other.1 == *cpus;
+                Some((map[..at].iter().find(alone)?.0, vcpu, cpus))
+            });
+            if let Some((first, second, cpu)) = stacked {
+                notes.push(format!(
+                    "the map puts vCPUs {first} and {second} on CPU {cpu} alone: they never run together"
+                ));
+            }
+            let still = |(_, cpus): &&(u32, crate::CpuSet)| {
+                cpus.len() > 1 && !cpus.is_disjoint(&host.isolated)
+            };
+            if let Some((vcpu, cpus)) = map.iter().find(still) {
+                notes.push(format!(
+                    "vCPU {vcpu}: Linux does not balance over isolated CPUs; of {cpus} it will use one"
+                ));
+            }
+        }
+        _ => {}
+    }
+}
+
+fn smt(space: &Space<'_>, plan: &VmPlan, notes: &mut Vec<String>) {
+    let wanted = plan.request.policy.smt;
+    let ability = &space.host.abilities.core_scheduling;
+    if wanted == SmtIsolation::Off || ability.yes {
+        return;
+    }
+    let threads = space.host.cpus.iter().any(|cpu| cpu.thread > 0);
+    let alone = !plan.exclusive.is_empty() && whole_cores(space, &plan.exclusive);
+    if threads && !alone {
+        notes.push(format!(
+            "smt={wanted} needs core scheduling, which is not there ({}); placement=dedicated,cores=one needs nothing",
+            ability.why
+        ));
+    }
+}
+
+fn time(host: &Host, plan: &VmPlan, notes: &mut Vec<String>) {
+    let policy = &plan.request.policy;
+    if let Some(slice_us) = policy.slice.and_then(Slice::micros) {
+        notes.push(format!(
+            "slice {}: lasts {} among others on a CPU, since the kernel looks at ticks",
+            Time(u64::from(slice_us)),
+            Time(host.effective_slice_us(slice_us))
+        ));
+    }
+    if let Some(cap) = policy.cap {
+        let busy = plan.request.vcpus.min(width(&plan.vcpus));
+        let dark = cap.blackout_us(busy);
+        if dark > 0 {
+            notes.push(format!(
+                "cap {cap}: when {busy} of its vCPUs run at once they stand still for up to {} of every {}",
+                Time(dark),
+                Time(cap.period_us)
+            ));
+        }
+    }
+}
+
+/// The keys of `policy` that nothing makes so where the hypervisor schedules VPs; `Err` if it is strict about them.
+pub(super) fn without_effect(mode: SchedMode, policy: &VmPolicy) -> Result<String, String> {
+    if !mode.hypervisor_schedules() {
+        return Ok(String::new());
+    }
+    let asked = [
+        (policy.placement != Placement::Shared, "placement"),
+        (policy.slice.is_some(), "slice"),
+        (policy.rotate_us.is_some(), "rotate"),
+        (!policy.gang.is_off(), "gang"),
+        (policy.deadline.is_some(), "deadline"),
+        (policy.rt.is_some(), "rt"),
+    ];
+    let keys: Vec<&str> = asked
+        .into_iter()
+        .filter_map(|(asked, key)| asked.then_some(key))
+        .collect();
+    let keys = keys.join(", ");
+    if policy.strict && !keys.is_empty() {
+        return Err(format!(
+            "the hypervisor schedules the VPs here: {keys} cannot be had; strict=off goes on without"
+        ));
+    }
+    Ok(keys)
+}
+
+/// Says that `plan` is kept for want of a better one.
+pub(super) fn stay(mut plan: VmPlan, binding: &Binding) -> VmPlan {
+    plan.notes.push(format!("{STAYS}: {}", binding.detail));
+    plan
+}
+
+/// What was said by [`stay`] still holds.
+pub(super) fn keep_stay(plan: &mut VmPlan, before: &VmPlan) {
+    let stays = before.notes.iter().find(|note| note.starts_with(STAYS));
+    plan.notes.extend(stays.cloned());
+}

@@ -1,0 +1,394 @@
+//! `rota run` as a process: where its binaries and guests are, what it prints, how it ends.
+//!
+//! | variable | what | if not set |
+//! |---|---|---|
+//! | `ROTA_GUEST_DIR` | kernels and the initramfs (`vmlinuz-cloud`, `vmlinux-cloud`, `initramfs.cpio`) | `/guest` |
+//! | `ROTA_BIN` | the VMM | `rota` beside the test's folder, else on the `PATH` |
+//! | `SOFTMSHV_BIN` | the launcher that provides a `/dev/mshv` where there is none | `softmshv`, likewise |
+//! | `ROTA_BOOT_TIMEOUT` | seconds a boot may take | 120 |
+
+use std::ffi::OsString;
+use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+use crate::requires;
+
+/// What the guests' first process prints, followed by processors, memory in kB, kernel, hypervisor.
+pub const MARKER: &str = "ROTA-GUEST-INIT";
+
+/// Where this machine's guests are.
+#[must_use]
+pub fn guest(file: &str) -> PathBuf {
+    PathBuf::from(std::env::var_os("ROTA_GUEST_DIR").unwrap_or_else(|| "/guest".into())).join(file)
+}
+
+/// A built program: by environment variable, beside the test, or on the path.
+fn program(variable: &str, name: &str) -> OsString {
+    if let Some(given) = std::env::var_os(variable) {
+        return given;
+    }
+    let built = std::env::current_exe()
+        .ok()
+        .and_then(|test| Some(test.parent()?.parent()?.join(name)));
+    built
+        .filter(|path| path.exists())
+        .map_or_else(|| name.into(), PathBuf::into_os_string)
+}
+
+/// Whether `/dev/mshv` is there without help.
+#[must_use]
+pub fn real_device() -> bool {
+    Path::new("/dev/mshv").exists()
+}
+
+/// `rota` (under the launcher where there is no device), with nothing else on its command line yet.
+#[must_use]
+pub fn rota() -> Command {
+    let rota = program("ROTA_BIN", "rota");
+    if real_device() {
+        return Command::new(rota);
+    }
+    let mut command = Command::new(program("SOFTMSHV_BIN", "softmshv"));
+    command.arg("--").arg(rota);
+    command
+}
+
+/// `command` under the launcher with these options, on a machine without a device.
+#[must_use]
+pub fn under_softmshv(options: &[&str], command: impl Into<OsString>) -> Command {
+    let mut launcher = Command::new(program("SOFTMSHV_BIN", "softmshv"));
+    launcher.args(options).arg("--").arg(command.into());
+    launcher
+}
+
+/// The path of `rota`.
+#[must_use]
+pub fn rota_program() -> OsString {
+    program("ROTA_BIN", "rota")
+}
+
+/// softmshv is built, and can work here.
+///
+/// # Errors
+/// What is missing.
+pub fn softmshv() -> Result<(), String> {
+    let mut found = Ok(());
+    if real_device() {
+        found = Err("a real /dev/mshv is in the way".into());
+    } else if let Err(error) = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+    {
+        found = Err(format!("/dev/kvm: {error}"));
+    } else if under_softmshv(&[], "true")
+        .output()
+        .map_or(true, |output| !output.status.success())
+    {
+        found = Err("softmshv is not built".into());
+    }
+    requires::demanded("softmshv", found)
+}
+
+/// `rota` alone, without a launcher.
+#[must_use]
+pub fn bare_rota() -> Command {
+    Command::new(program("ROTA_BIN", "rota"))
+}
+
+/// The programs are built.
+///
+/// # Errors
+/// What is missing.
+pub fn programs() -> Result<(), String> {
+    let version = |command: &mut Command| {
+        command
+            .arg("--version")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok()
+    };
+    let mut found = Ok(());
+    if !version(&mut bare_rota()) {
+        found = Err("rota is not built".into());
+    } else if !real_device() && !version(&mut Command::new(program("SOFTMSHV_BIN", "softmshv"))) {
+        found = Err("no /dev/mshv, and softmshv is not built".into());
+    }
+    requires::demanded("programs", found)
+}
+
+/// Guest images are here, and a device that runs whole kernels: the real one, or softmshv in the lab.
+///
+/// # Errors
+/// What is missing.
+pub fn bootable() -> Result<(), String> {
+    programs()?;
+    let mut found = Ok(());
+    if !guest("vmlinuz-cloud").exists() {
+        found = Err(format!(
+            "no guest kernel {}",
+            guest("vmlinuz-cloud").display()
+        ));
+    } else if !real_device() && std::env::var_os("ROTA_LAB").is_none() {
+        found = Err("whole kernels need the real device or the lab".into());
+    }
+    requires::demanded("boot", found)
+}
+
+/// The longest time a guest may take to do what a test waits for.
+#[must_use]
+pub fn patience() -> Duration {
+    let seconds = std::env::var("ROTA_BOOT_TIMEOUT")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(120))
+}
+
+/// A started VMM whose output is collected line by line.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+    /// Everything read so far, standard output and error mixed.
+    pub output: Vec<String>,
+}
+
+impl Vmm {
+    /// Starts `command` in a process group of its own.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn start(command: &mut Command) -> Vmm {
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let (sender, lines) = mpsc::channel();
+        let streams: [Box<dyn Read + Send>; 2] = [
+            Box::new(child.stdout.take().expect("stdout")),
+            Box::new(child.stderr.take().expect("stderr")),
+        ];
+        for stream in streams {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                let mut reader = BufReader::new(stream);
+                let mut line = Vec::new();
+                while reader
+                    .read_until(b'\n', &mut line)
+                    .is_ok_and(|count| count > 0)
+                {
+                    let _ = sender.send(String::from_utf8_lossy(&line).trim_end().to_string());
+                    line.clear();
+                }
+            });
+        }
+        let stdin = child.stdin.take();
+        Vmm {
+            child,
+            stdin,
+            lines,
+            output: Vec::new(),
+        }
+    }
+
+    /// `rota run` with the cloud kernel as a bzImage, the initramfs, and these further arguments.
+    #[must_use]
+    pub fn boot(cmdline: &str, arguments: &[&str]) -> Vmm {
+        Vmm::boot_kernel("vmlinuz-cloud", cmdline, arguments)
+    }
+
+    /// `rota run` with a kernel of the guest folder.
+    #[must_use]
+    pub fn boot_kernel(kernel: &str, cmdline: &str, arguments: &[&str]) -> Vmm {
+        Vmm::start(run(rota(), kernel, cmdline).args(arguments))
+    }
+
+    /// Reads until a line contains `text`, and returns it.
+    ///
+    /// # Panics
+    /// When the output ends before, or [`patience`] does; with what was printed.
+    pub fn wait_for(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + patience();
+        loop {
+            match self
+                .lines
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(line) => {
+                    self.output.push(line.clone());
+                    if line.contains(text) {
+                        return line;
+                    }
+                }
+                Err(why) => panic!(
+                    "no line with {text:?} ({why}); printed:\n{}",
+                    self.printed()
+                ),
+            }
+        }
+    }
+
+    /// Waits for the guest's init and returns its report.
+    ///
+    /// # Panics
+    /// When it does not come or is not to be understood.
+    pub fn wait_for_init(&mut self) -> Report {
+        let line = self.wait_for(MARKER);
+        Report::parse(&line).unwrap_or_else(|| panic!("no report: {line:?}"))
+    }
+
+    /// Types on the guest's console.
+    ///
+    /// # Panics
+    /// When the VMM is gone.
+    pub fn type_in(&mut self, text: &str) {
+        let stdin = self.stdin.as_mut().expect("standard input");
+        stdin
+            .write_all(text.as_bytes())
+            .and_then(|()| stdin.flush())
+            .expect("typing");
+    }
+
+    /// The process that is the VMM: the launcher's child, or the child itself when the launcher became it.
+    ///
+    /// # Panics
+    /// When it is gone.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        let own = self.child.id() as i32;
+        let children =
+            std::fs::read_to_string(format!("/proc/{own}/task/{own}/children")).unwrap_or_default();
+        children
+            .split_whitespace()
+            .next()
+            .and_then(|pid| pid.parse().ok())
+            .unwrap_or(own)
+    }
+
+    /// The process group of everything this started.
+    #[must_use]
+    pub fn group(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// Sends a signal to the VMM.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: no pointer is involved; the process is this test's child or grandchild and is not yet waited for.
+        let sent = unsafe { libc::kill(self.pid(), signal) };
+        assert_eq!(sent, 0, "signal {signal}");
+    }
+
+    /// Waits for the end and returns the exit status; the rest of the output is in [`Vmm::output`].
+    ///
+    /// # Panics
+    /// When it does not end in time.
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + patience();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("wait") {
+                let quiet = Duration::from_millis(500);
+                while let Ok(line) = self.lines.recv_timeout(quiet) {
+                    self.output.push(line);
+                }
+                return status;
+            }
+            self.output.extend(self.lines.try_iter());
+            assert!(
+                Instant::now() < deadline,
+                "it does not end; printed:\n{}",
+                self.printed()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Everything printed so far.
+    #[must_use]
+    pub fn printed(&self) -> String {
+        self.output.join("\n")
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            // SAFETY: no pointer is involved; the group was made for this child.
+            unsafe { libc::kill(-self.group(), libc::SIGKILL) };
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Adds `run` with a kernel, the initramfs and a command line on the first serial port.
+#[must_use]
+pub fn run(mut command: Command, kernel: &str, cmdline: &str) -> Command {
+    command
+        .arg("run")
+        .arg("--kernel")
+        .arg(guest(kernel))
+        .arg("--initramfs")
+        .arg(guest("initramfs.cpio"));
+    command
+        .arg("--cmdline")
+        .arg(format!("console=ttyS0 quiet {cmdline}"));
+    command
+}
+
+/// What the guest says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// Processors it sees.
+    pub cpus: u32,
+    /// Memory it has, in bytes.
+    pub memory: u64,
+    /// Its kernel's release.
+    pub kernel: String,
+    /// The hypervisor it detected.
+    pub hypervisor: String,
+}
+
+impl Report {
+    fn parse(line: &str) -> Option<Report> {
+        let mut words = line.split(MARKER).nth(1)?.split_whitespace();
+        let cpus = words.next()?.parse().ok()?;
+        let memory = words.next()?.parse::<u64>().ok()? * 1024;
+        let kernel = words.next()?.to_string();
+        Some(Report {
+            cpus,
+            memory,
+            kernel,
+            hypervisor: words.collect::<Vec<_>>().join(" "),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_read_from_a_console_line() {
+        let report = Report::parse(
+            "[    1.0] ROTA-GUEST-INIT 2 500000 6.1.0-39-cloud-amd64 Microsoft Hyper-V",
+        )
+        .unwrap();
+        assert_eq!((report.cpus, report.memory), (2, 512_000_000));
+        assert_eq!(
+            (report.kernel.as_str(), report.hypervisor.as_str()),
+            ("6.1.0-39-cloud-amd64", "Microsoft Hyper-V")
+        );
+        assert_eq!(Report::parse("ROTA-GUEST-INIT two"), None);
+        assert_eq!(Report::parse("nothing of the kind"), None);
+    }
+}

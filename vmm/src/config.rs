@@ -1,0 +1,525 @@
+//! What a VM is made of: one type for the command line, for files and for the API.
+//!
+//! Field names are those of the cloud-hypervisor API, so that its users find them where they expect them. The options of
+//! the command line (`boot=2`, `size=512M,shared=on`) parse straight into the same types; defaults live here alone.
+
+use std::{path::PathBuf, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::scheduling::SchedulingConfig;
+
+/// The most VPs a VM may have: what `MSHV_CREATE_VP` of `mshv-ioctls` can name.
+pub const MAX_VCPUS: u32 = 255;
+
+/// Pages are 4 KiB everywhere in the ABI.
+const PAGE_SIZE: u64 = 4096;
+const HUGE_PAGE_SIZE: u64 = 2 << 20;
+
+/// A whole VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// What to boot.
+    pub payload: PayloadConfig,
+    /// Virtual processors.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// Guest memory.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// The serial port (COM1).
+    #[serde(default)]
+    pub serial: SerialConfig,
+    /// Where and when its vCPUs run.
+    #[serde(default)]
+    pub scheduling: SchedulingConfig,
+}
+
+/// What the guest boots from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PayloadConfig {
+    /// A bzImage, or an ELF image with a PVH entry point.
+    pub kernel: PathBuf,
+    /// The kernel's command line.
+    #[serde(default)]
+    pub cmdline: Option<String>,
+    /// The initial RAM file system.
+    #[serde(default)]
+    pub initramfs: Option<PathBuf>,
+}
+
+/// Virtual processors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    /// VPs present at boot.
+    pub boot_vcpus: u32,
+    /// VPs the VM can grow to.
+    pub max_vcpus: u32,
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+        }
+    }
+}
+
+/// Guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Bytes.
+    pub size: u64,
+    /// Backed by a memfd that other processes can map, instead of private anonymous memory.
+    #[serde(default)]
+    pub shared: bool,
+    /// Backed by the host's huge pages (2 MiB each, from its reserved pool).
+    #[serde(default)]
+    pub hugepages: bool,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: 512 << 20,
+            shared: false,
+            hugepages: false,
+        }
+    }
+}
+
+/// Where the other end of the serial port is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {
+    /// The kind of other end.
+    pub mode: SerialMode,
+    /// The file, where the mode is [`SerialMode::File`].
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+}
+
+/// The kinds of other end a serial port can have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SerialMode {
+    /// No serial port at all.
+    Off,
+    /// A port whose output goes nowhere.
+    Null,
+    /// The terminal (or pipe) on standard input and output.
+    #[default]
+    Tty,
+    /// A new pseudo-terminal; its path is printed.
+    Pty,
+    /// Output goes to a file.
+    File,
+}
+
+/// What is wrong with a configuration. Each message is one line and names the option.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// An option has no `key=value` form.
+    #[error("'{0}' is not of the form key=value")]
+    NotKeyValue(String),
+    /// An option names something unknown.
+    #[error("unknown key '{key}' (known: {known})")]
+    UnknownKey {
+        /// What was given.
+        key: String,
+        /// What could have been.
+        known: &'static str,
+    },
+    /// A key is given twice.
+    #[error("'{0}' is given twice")]
+    Duplicate(String),
+    /// A required key is missing.
+    #[error("'{0}' is missing")]
+    Missing(&'static str),
+    /// A number that is none.
+    #[error("{key}: '{value}' is not a number")]
+    NotANumber {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// A size that is none.
+    #[error("'{0}' is not a size (examples: 512M, 2G, 1073741824)")]
+    NotASize(String),
+    /// A switch that is neither on nor off.
+    #[error("{key}: '{value}' is neither on nor off")]
+    NotASwitch {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// A serial mode that does not exist.
+    #[error("'{0}' is not one of tty, file=PATH, pty, off, null")]
+    NotASerialMode(String),
+    /// Too few or too many VPs.
+    #[error("cpus: {0} virtual processors asked for, 1 to {MAX_VCPUS} are possible")]
+    VcpuCount(u32),
+    /// Fewer VPs at most than at boot.
+    #[error("cpus: max={max} is less than boot={boot}")]
+    MaxBelowBoot {
+        /// VPs at boot.
+        boot: u32,
+        /// VPs at most.
+        max: u32,
+    },
+    /// No memory at all.
+    #[error("memory: the size is 0")]
+    NoMemory,
+    /// Not whole pages.
+    #[error("memory: size {size} is not a multiple of {page} bytes")]
+    UnalignedMemory {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes in a page.
+        page: u64,
+    },
+    /// More than the host's processors can address.
+    #[error("memory: {size} bytes do not fit the host's {bits}-bit physical addresses")]
+    TooMuchMemory {
+        /// Bytes asked for.
+        size: u64,
+        /// Width of a physical address on this host.
+        bits: u32,
+    },
+    /// A serial file without its mode or the mode without a file.
+    #[error("serial: a file is needed with mode File, and only there")]
+    SerialFile,
+}
+
+impl VmConfig {
+    /// Checks what the types alone cannot. `address_bits` is the width of a physical address on this host.
+    ///
+    /// # Errors
+    /// The first thing found that cannot work.
+    pub fn validate(&self, address_bits: u32) -> Result<(), ConfigError> {
+        let CpusConfig {
+            boot_vcpus: boot,
+            max_vcpus: max,
+        } = self.cpus;
+        for count in [boot, max] {
+            if !(1..=MAX_VCPUS).contains(&count) {
+                return Err(ConfigError::VcpuCount(count));
+            }
+        }
+        if max < boot {
+            return Err(ConfigError::MaxBelowBoot { boot, max });
+        }
+        let size = self.memory.size;
+        if size == 0 {
+            return Err(ConfigError::NoMemory);
+        }
+        let page = if self.memory.hugepages {
+            HUGE_PAGE_SIZE
+        } else {
+            PAGE_SIZE
+        };
+        if !size.is_multiple_of(page) {
+            return Err(ConfigError::UnalignedMemory { size, page });
+        }
+        // RAM above the 32-bit hole is moved up by the size of the hole, at most 4 GiB.
+        let limit = 1u64.checked_shl(address_bits).unwrap_or(u64::MAX);
+        if size.checked_add(1 << 32).is_none_or(|end| end > limit) {
+            return Err(ConfigError::TooMuchMemory {
+                size,
+                bits: address_bits,
+            });
+        }
+        if (self.serial.mode == SerialMode::File) != self.serial.file.is_some() {
+            return Err(ConfigError::SerialFile);
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for CpusConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let [boot, max] = keys(text, ["boot", "max"], "boot, max")?;
+        let boot_vcpus = number("boot", boot.ok_or(ConfigError::Missing("boot"))?)?;
+        let max_vcpus = max.map_or(Ok(boot_vcpus), |value| number("max", value))?;
+        Ok(Self {
+            boot_vcpus,
+            max_vcpus,
+        })
+    }
+}
+
+impl FromStr for MemoryConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let [size_value, shared, hugepages] = keys(
+            text,
+            ["size", "shared", "hugepages"],
+            "size, shared, hugepages",
+        )?;
+        Ok(Self {
+            size: size(size_value.ok_or(ConfigError::Missing("size"))?)?,
+            shared: switch("shared", shared)?,
+            hugepages: switch("hugepages", hugepages)?,
+        })
+    }
+}
+
+impl FromStr for SerialConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let mode = match text {
+            "off" => SerialMode::Off,
+            "null" => SerialMode::Null,
+            "tty" => SerialMode::Tty,
+            "pty" => SerialMode::Pty,
+            _ => {
+                let path = text.strip_prefix("file=").filter(|path| !path.is_empty());
+                let path = path.ok_or_else(|| ConfigError::NotASerialMode(text.to_owned()))?;
+                return Ok(Self {
+                    mode: SerialMode::File,
+                    file: Some(path.into()),
+                });
+            }
+        };
+        Ok(Self { mode, file: None })
+    }
+}
+
+/// Splits `a=1,b=2` and hands back the values in the order of `names`.
+fn keys<'a, const N: usize>(
+    text: &'a str,
+    names: [&str; N],
+    known: &'static str,
+) -> Result<[Option<&'a str>; N], ConfigError> {
+    let mut values = [None; N];
+    for part in text.split(',') {
+        let (key, value) = part
+            .split_once('=')
+            .ok_or_else(|| ConfigError::NotKeyValue(part.to_owned()))?;
+        let index =
+            names
+                .iter()
+                .position(|name| *name == key)
+                .ok_or_else(|| ConfigError::UnknownKey {
+                    key: key.to_owned(),
+                    known,
+                })?;
+        if values[index].replace(value).is_some() {
+            return Err(ConfigError::Duplicate(key.to_owned()));
+        }
+    }
+    Ok(values)
+}
+
+fn number(key: &'static str, value: &str) -> Result<u32, ConfigError> {
+    value.parse().map_err(|_| ConfigError::NotANumber {
+        key,
+        value: value.to_owned(),
+    })
+}
+
+fn switch(key: &'static str, value: Option<&str>) -> Result<bool, ConfigError> {
+    match value {
+        None | Some("off") => Ok(false),
+        Some("on") => Ok(true),
+        Some(value) => Err(ConfigError::NotASwitch {
+            key,
+            value: value.to_owned(),
+        }),
+    }
+}
+
+/// Bytes in `text`: a number, or one with K, M, G or T behind it.
+fn size(text: &str) -> Result<u64, ConfigError> {
+    let bad = || ConfigError::NotASize(text.to_owned());
+    let (digits, shift) = match text.as_bytes().last().ok_or_else(bad)? {
+        b'K' | b'k' => (&text[..text.len() - 1], 10),
+        b'M' | b'm' => (&text[..text.len() - 1], 20),
+        b'G' | b'g' => (&text[..text.len() - 1], 30),
+        b'T' | b't' => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    // `parse` would take a sign, too.
+    if !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return Err(bad());
+    }
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(1 << shift))
+        .ok_or_else(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            payload: PayloadConfig {
+                kernel: "vmlinuz".into(),
+                cmdline: None,
+                initramfs: None,
+            },
+            cpus: CpusConfig::default(),
+            memory: MemoryConfig::default(),
+            serial: SerialConfig::default(),
+            scheduling: SchedulingConfig::default(),
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("512M", 512 << 20),
+            ("2g", 2 << 30),
+        ] {
+            assert_eq!(size(text), Ok(bytes));
+        }
+        for text in [
+            "",
+            "M",
+            "-1",
+            "+1",
+            "1.5G",
+            "12X",
+            "99999999999999999999",
+            "16777216T",
+        ] {
+            assert_eq!(
+                size(text),
+                Err(ConfigError::NotASize(text.to_owned())),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn cpus_options() {
+        let parse = CpusConfig::from_str;
+        assert_eq!(
+            parse("boot=4"),
+            Ok(CpusConfig {
+                boot_vcpus: 4,
+                max_vcpus: 4
+            })
+        );
+        assert_eq!(
+            parse("boot=2,max=8"),
+            Ok(CpusConfig {
+                boot_vcpus: 2,
+                max_vcpus: 8
+            })
+        );
+        assert_eq!(parse("max=8"), Err(ConfigError::Missing("boot")));
+        assert_eq!(parse("4"), Err(ConfigError::NotKeyValue("4".into())));
+        assert_eq!(
+            parse("boot=1,boot=2"),
+            Err(ConfigError::Duplicate("boot".into()))
+        );
+        let error = parse("boot=1,threads=2").unwrap_err().to_string();
+        assert_eq!(error, "unknown key 'threads' (known: boot, max)");
+    }
+
+    #[test]
+    fn memory_options() {
+        let parse = MemoryConfig::from_str;
+        let expected = MemoryConfig {
+            size: 1 << 30,
+            shared: true,
+            hugepages: false,
+        };
+        assert_eq!(parse("size=1G,shared=on,hugepages=off"), Ok(expected));
+        let error = parse("size=1G,shared=yes").unwrap_err().to_string();
+        assert_eq!(error, "shared: 'yes' is neither on nor off");
+        assert_eq!(parse("shared=on"), Err(ConfigError::Missing("size")));
+    }
+
+    #[test]
+    fn serial_options() {
+        let parse = SerialConfig::from_str;
+        assert_eq!(parse("tty").unwrap().mode, SerialMode::Tty);
+        assert_eq!(parse("off").unwrap().mode, SerialMode::Off);
+        assert_eq!(
+            parse("file=/tmp/log").unwrap().file,
+            Some("/tmp/log".into())
+        );
+        assert!(parse("file=").is_err() && parse("socket=x").is_err());
+    }
+
+    #[test]
+    fn impossible_machines_are_named() {
+        let check = |change: fn(&mut VmConfig)| {
+            let mut config = config();
+            change(&mut config);
+            config.validate(46).map_err(|error| error.to_string())
+        };
+        assert_eq!(check(|_| {}), Ok(()));
+        assert_eq!(
+            check(|c| c.memory.size = 0),
+            Err("memory: the size is 0".into())
+        );
+        assert!(
+            check(|c| c.memory.size = 4097)
+                .unwrap_err()
+                .contains("multiple of 4096")
+        );
+        assert!(
+            check(|c| c.memory.size = 1 << 46)
+                .unwrap_err()
+                .contains("46-bit")
+        );
+        assert!(
+            check(|c| c.memory.size = !4095)
+                .unwrap_err()
+                .contains("46-bit")
+        );
+        let huge = |c: &mut VmConfig| {
+            c.memory = MemoryConfig {
+                size: 4096,
+                shared: false,
+                hugepages: true,
+            }
+        };
+        assert!(check(huge).unwrap_err().contains("multiple of 2097152"));
+        assert!(
+            check(|c| c.cpus.boot_vcpus = 0)
+                .unwrap_err()
+                .contains("1 to 255")
+        );
+        assert!(
+            check(|c| c.cpus.boot_vcpus = 2)
+                .unwrap_err()
+                .contains("less than boot")
+        );
+        assert!(check(|c| c.serial.mode = SerialMode::File).is_err());
+    }
+
+    #[test]
+    fn the_json_form_has_the_api_names_and_defaults() {
+        let text = r#"{"payload":{"kernel":"k","cmdline":"quiet"},"cpus":{"boot_vcpus":2,"max_vcpus":2},
+            "serial":{"mode":"Null"}}"#;
+        let parsed: VmConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(parsed.cpus.boot_vcpus, 2);
+        assert_eq!(parsed.memory, MemoryConfig::default());
+        assert_eq!(parsed.serial.mode, SerialMode::Null);
+        let again: VmConfig =
+            serde_json::from_str(&serde_json::to_string(&parsed).unwrap()).unwrap();
+        assert_eq!(again, parsed);
+        assert!(
+            serde_json::from_str::<VmConfig>(r#"{"payload":{"kernel":"k"},"disk":1}"#).is_err()
+        );
+    }
+}

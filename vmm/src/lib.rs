@@ -1,0 +1,28 @@
+//! Rota's virtual machine: from a configuration to a running guest and its end.
+//!
+//! ```text
+//! VmConfig ──▶ control::run ──▶ Vm::prepare ──▶ memory, boot (kernel, ACPI), Partition, Board (devices), VP threads
+//!                  │                                                                     │
+//!                  └── waits for signals, console input, power requests, crashes ◀───────┘
+//! ```
+//!
+//! [`control::run`] is the whole life of a machine and the place to start reading. [`config`] is what it is made of, [`layout`]
+//! where everything lies, [`boot`] how a kernel gets going, [`board`] which devices there are, and [`partition`] every
+//! request made to the hypervisor.
+
+pub mod acpi;
+pub mod board;
+pub mod boot;
+pub mod config;
+pub mod console;
+pub mod control;
+mod hole;
+pub mod layout;
+pub mod memory;
+pub mod partition;
+pub mod report;
+pub mod scheduling;
+pub mod signals;
+pub mod state;
+pub mod terminal;
+pub mod vm;

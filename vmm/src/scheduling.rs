@@ -1,0 +1,272 @@
+//! Scheduling as the machine's owner asked for it: from the configuration to threads that are where they should be.
+//!
+//! ```text
+//! Scheduling::begin ── who schedules? host, ledger, plan       once, before anything is created; may be refused
+//!   └ Placed::new ──── groups and controls, or properties      for each boot's partition
+//!       ├ adopt ────── each vCPU's thread, before it runs
+//!       └ look_after ─ turns of gangs, the reconcile loop      while the guest runs
+//! ```
+//!
+//! A machine nobody asked anything for is left to Linux as it is: no ledger, no control group, no thread touched.
+
+use std::{fmt, io, path::PathBuf};
+
+use scheduler::{
+    AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, Host, HostError,
+    Ledger, LedgerError, Meter, MeterOptions, NeedsForce, Owner, PartitionProperties,
+    ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator, RotatorError, SchedMode,
+    ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
+};
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+use vcpu::ExitKind;
+
+use crate::{config::VmConfig, partition::Partition};
+
+/// How a machine's vCPUs are to be scheduled.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SchedulingConfig {
+    /// What is asked for; nothing when absent.
+    #[serde(default)]
+    pub policy: Option<VmPolicy>,
+    /// Hardware threads per core the guest is told of.
+    #[serde(default)]
+    pub threads_per_core: Option<u32>,
+    /// Carry the policy out as in this mode, whatever was found.
+    #[serde(default)]
+    pub mode: Option<SchedMode>,
+    /// … even if VPs have been seen to run elsewhere than on their threads.
+    #[serde(default)]
+    pub mode_force: bool,
+    /// The machine's name in the ledger.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Another ledger than the host's.
+    #[serde(default)]
+    pub ledger: Option<PathBuf>,
+}
+
+/// Why the machine cannot be scheduled as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SchedulingError {
+    /// The host cannot be read.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The mode asked for contradicts what was seen.
+    #[error(transparent)]
+    Mode(#[from] NeedsForce),
+    /// The ledger.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// There is no room in the ledger, or it cannot be used.
+    #[error("{}", claim_line(.0))]
+    Claim(ClaimError),
+    /// A control cannot be had.
+    #[error("--sched: {0}")]
+    Refused(#[from] Refused),
+    /// A thread cannot be placed.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
+    /// Gangs.
+    #[error(transparent)]
+    Rotator(#[from] RotatorError),
+    /// The host has no more of something.
+    #[error("cannot look after the machine's threads")]
+    Io(#[from] io::Error),
+}
+
+/// A refusal in one line: what binds, and what could be had instead.
+fn claim_line(error: &ClaimError) -> String {
+    match error {
+        ClaimError::Rejected(rejection) => format!("--sched: {}", rejection_line(rejection)),
+        other => other.to_string(),
+    }
+}
+
+fn rejection_line(rejection: &Rejection) -> String {
+    let text = rejection.to_string();
+    let lines: Vec<_> = text
+        .lines()
+        .map(str::trim)
+        .filter(|it| !it.is_empty())
+        .collect();
+    lines.join("; ")
+}
+
+/// What was planned for a machine, for as long as it lives.
+pub struct Scheduling {
+    host: Host,
+    owner: Owner,
+    claim: Claim,
+}
+
+impl Scheduling {
+    /// Plans `config`, if it asks for anything, with what was found out about who schedules, and writes the plan into the host's
+    /// ledger.
+    ///
+    /// # Errors
+    /// What cannot be had, and why. Nothing stays behind.
+    pub fn begin(
+        config: &VmConfig,
+        detection: &Detection,
+    ) -> Result<Option<Self>, SchedulingError> {
+        let asked = &config.scheduling;
+        let Some(policy) = asked.policy.clone() else {
+            return Ok(None);
+        };
+        let mode = detection.mode(asked.mode, asked.mode_force)?;
+        let host = Host {
+            mode,
+            ..Host::read()?
+        };
+        let name = asked
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("vm-{}", std::process::id()));
+        let request = Request {
+            vm: VmId(name.clone()),
+            vcpus: config.cpus.boot_vcpus,
+            threads_per_core: asked.threads_per_core.unwrap_or(1),
+            memory_mib: config.memory.size >> 20,
+            policy,
+        };
+        let owner = Owner::current(&name)?;
+        let claim = Ledger::open(asked.ledger.as_deref())?
+            .claim(owner.clone(), |ledger| plan(&host, ledger, &[request]))
+            .map_err(SchedulingError::Claim)?;
+        Ok(Some(Self { host, owner, claim }))
+    }
+
+    /// The plan.
+    #[must_use]
+    pub fn plan(&self) -> &VmPlan {
+        self.claim.plan()
+    }
+
+    /// Makes the plan so for a partition that is ready to run. `before` is what was metered before a reset.
+    ///
+    /// # Errors
+    /// Something cannot be had. Nothing stays behind.
+    pub fn place<'a>(
+        &'a self,
+        partition: &'a Partition,
+        before: Option<VmMeter>,
+    ) -> Result<Placed<'a>, SchedulingError> {
+        let options = EnforceOptions {
+            partition: Some(partition),
+            ..EnforceOptions::new(self.owner.clone())
+        };
+        let enforcer = Enforcer::prepare(&self.host, self.plan(), &options)?;
+        for name in enforcer.reaped() {
+            info!("control group {name} of a process that is gone: removed");
+        }
+        let plan = self.plan();
+        let meter = Meter::new(MeterOptions {
+            before: before.map(Box::new),
+            ..MeterOptions::new(
+                plan.request.vm.0.as_str(),
+                plan.mode,
+                plan.request.vcpus,
+                ExitKind::NAMES,
+            )
+        });
+        Ok(Placed {
+            claim: &self.claim,
+            meter,
+            reconciler: None,
+            rotator: None,
+            enforcer,
+        })
+    }
+}
+
+/// One boot's threads, placed.
+pub struct Placed<'a> {
+    claim: &'a Claim,
+    meter: Meter,
+    // Dropped in this order: who moves threads first, then where they are.
+    reconciler: Option<Reconciler>,
+    rotator: Option<Rotator>,
+    enforcer: Enforcer<'a>,
+}
+
+impl Placed<'_> {
+    /// Places the thread of vCPU `index`.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn adopt(&self, index: u32, thread: Tid) -> Result<(), SchedulingError> {
+        Ok(self.enforcer.adopt(ThreadRole::Vcpu(index), thread)?)
+    }
+
+    /// Takes turns and keeps the plan true from now on.
+    ///
+    /// # Errors
+    /// The host has no more threads or descriptors.
+    pub fn look_after(&mut self) -> Result<(), SchedulingError> {
+        let claim = self.claim;
+        self.rotator = Rotator::start(&self.enforcer, claim, None)?;
+        if claim.plan().mode.hypervisor_schedules() {
+            return Ok(());
+        }
+        let tell = |event| warn!("scheduling: {event:?}");
+        let options = ReconcileOptions::default();
+        self.reconciler = Some(Reconciler::start(
+            &self.enforcer,
+            Some(claim),
+            options,
+            tell,
+        )?);
+        Ok(())
+    }
+
+    /// What each vCPU got and waited for.
+    #[must_use]
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// What became of each request, as things stand now.
+    #[must_use]
+    pub fn effects(&self) -> Vec<Effect> {
+        self.enforcer.effects()
+    }
+}
+
+/// The plan and what came of it, as a table.
+impl fmt::Display for Placed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plan = self.enforcer.plan();
+        writeln!(f, "plan for {} ({})", plan.request.vm, plan.request.policy)?;
+        write!(f, "{plan}")?;
+        let effects = self.effects();
+        let width = |of: fn(&Effect) -> usize| effects.iter().map(of).max().unwrap_or(0);
+        let (control, requested) = (
+            width(|effect| effect.control.chars().count()),
+            width(|effect| effect.requested.chars().count()),
+        );
+        for effect in &effects {
+            writeln!(
+                f,
+                "  {:control$}  {:requested$}  {}",
+                effect.control, effect.requested, effect.outcome
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl PartitionProperties for Partition {
+    fn property(&self, code: u32) -> io::Result<u64> {
+        self.get_property(code)
+    }
+
+    fn set_property(&self, code: u32, value: u64) -> io::Result<()> {
+        self.put_property(code, value)
+    }
+
+    fn is_shown_threads(&self) -> bool {
+        false
+    }
+}

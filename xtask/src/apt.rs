@@ -1,0 +1,148 @@
+//! Gets what a step needs from Debian, by package name.
+//!
+//! Tools are installed; kernels are only downloaded (the machine's own boot files stay as they are). Nothing is asked of
+//! the network when what is needed is already there.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::error::{Context, Error, Result};
+use crate::progress::step;
+
+/// A program a step needs and the Debian package that has it.
+pub(crate) struct Tool {
+    /// The program, as found on `PATH`.
+    pub(crate) program: &'static str,
+    /// The Debian package.
+    pub(crate) package: &'static str,
+}
+
+/// Makes sure every tool is there, installing the packages of those that are not.
+pub(crate) fn install(tools: &[Tool]) -> Result<()> {
+    let missing = |tool: &&Tool| find(tool.program).is_none();
+    let wanted: Vec<_> = tools.iter().filter(missing).collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<_> = wanted.iter().map(|tool| tool.package).collect();
+    let list = packages.join(" ");
+    let name = format!("installing {list}");
+    step(&name, || {
+        let mut arguments = vec!["install", "--yes", "--no-install-recommends"];
+        arguments.extend(&packages);
+        let first = apt_get(&arguments);
+        if first.is_err() {
+            apt_get(&["update"]).and_then(|()| apt_get(&arguments))
+        } else {
+            first
+        }
+    })
+    .context(|| format!("these Debian packages are missing and could not be installed: {list}"))?;
+    match tools.iter().find(missing) {
+        Some(tool) => Err(Error::new(format!(
+            "package {} is installed, but `{}` is not on PATH",
+            tool.package, tool.program
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Downloads the package that the metapackage `meta` depends on (or the newest matching one) into `folder`.
+///
+/// `prefix` is how the dependency's name starts.
+pub(crate) fn download_dependency(meta: &str, prefix: &str, folder: &Path) -> Result<PathBuf> {
+    let package = match dependency(meta, prefix)? {
+        Some(package) => package,
+        None => {
+            apt_get(&["update"])?;
+            dependency(meta, prefix)?.ok_or_else(|| {
+                Error::new(format!(
+                    "Debian package {meta} is not known to apt (is this Debian amd64?)"
+                ))
+            })?
+        }
+    };
+    std::fs::create_dir_all(folder).context(|| format!("cannot create {}", folder.display()))?;
+    if download(&package, folder).is_err() {
+        apt_get(&["update"])?;
+        download(&package, folder)
+            .context(|| format!("Debian package {package} could not be downloaded"))?;
+    }
+    let entries =
+        std::fs::read_dir(folder).context(|| format!("cannot read {}", folder.display()))?;
+    entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .ok_or_else(|| {
+            Error::new(format!(
+                "apt-get download {package} left no .deb in {}",
+                folder.display()
+            ))
+        })
+}
+
+/// Where `program` is, looking through `PATH` and the system folders that a user's `PATH` may lack.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+}
+
+fn dependency(meta: &str, prefix: &str) -> Result<Option<String>> {
+    let output = Command::new("apt-cache")
+        .args(["depends", meta])
+        .stderr(Stdio::null())
+        .output()
+        .context(|| "cannot run apt-cache; the lab needs Debian's apt")?;
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .find(|package| package.starts_with(prefix))
+        .map(str::to_owned))
+}
+
+fn download(package: &str, folder: &Path) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command.args(["download", package]).current_dir(folder);
+    quietly(command)
+}
+
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    // SAFETY: geteuid only reads the caller's credentials and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let mut command = if root {
+        Command::new("env")
+    } else {
+        Command::new("sudo")
+    };
+    if !root {
+        if find("sudo").is_none() {
+            return Err(Error::new(format!(
+                "neither root nor sudo here; as root, run: apt-get {}",
+                arguments.join(" ")
+            )));
+        }
+        command.arg("env");
+    }
+    command
+        .arg("DEBIAN_FRONTEND=noninteractive")
+        .arg("apt-get")
+        .args(arguments);
+    quietly(command)
+}
+
+/// Runs a command and shows its output only if it fails.
+fn quietly(mut command: Command) -> Result<()> {
+    let shown = format!("{command:?}").replace('"', "");
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .context(|| format!("cannot run {shown}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(Error::new(format!("{shown} failed:\n{}", said.trim_end())))
+}

@@ -1,0 +1,363 @@
+//! The lab's machine: QEMU without acceleration, emulating an AMD processor with SVM and nested paging, and the channels
+//! between it and this process.
+//!
+//! The channels are virtio-serial ports behind Unix sockets: `stdin`, `stdout` and `stderr` of the command, and `status`,
+//! on which the lab says how the command ended. The kernel's console is a channel of its own, so that it never mixes with
+//! the command's output.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::error::{Context, Error, Result};
+
+/// What the machine is made of.
+pub(super) struct Machine<'a> {
+    pub(super) kernel: &'a Path,
+    pub(super) root: &'a Path,
+    pub(super) cpus: u32,
+    pub(super) memory: &'a str,
+    /// The host folder that is `/target`.
+    pub(super) target: &'a Path,
+    /// The host folder that is `/out`.
+    pub(super) out: &'a Path,
+    /// Whether the command gets this process's terminal.
+    pub(super) terminal: bool,
+    /// Whether to show the kernel's console.
+    pub(super) verbose: bool,
+    pub(super) timeout: Option<Duration>,
+    /// A command that says nothing for so long is taken to hang, with the machine, which is then started again.
+    pub(super) silence: Option<Duration>,
+    /// A folder for this run's sockets and logs.
+    pub(super) scratch: &'a Path,
+}
+
+/// Long enough for the slowest host; a lab that does not come up by then never will. Emulated machines hang once in a while.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
+/// How often to start a machine that does not come up.
+const ATTEMPTS: u32 = 3;
+
+/// What the machine's kernel has to say.
+const CONSOLE_LOG: &str = "console.log";
+/// What QEMU itself has to say.
+const QEMU_LOG: &str = "qemu.log";
+
+impl Machine<'_> {
+    /// Boots the machine, runs the command, and returns its exit status. A machine that hangs is started again.
+    pub(super) fn run(&self) -> Result<i32> {
+        for _ in 1..ATTEMPTS {
+            if let Some(status) = self.attempt()? {
+                return Ok(status);
+            }
+            eprintln!("lab: the emulated machine hangs; starting it again");
+        }
+        self.attempt()?.ok_or_else(|| {
+            let console = last_lines(&self.scratch.join(CONSOLE_LOG), 15);
+            Error::new(format!(
+                "the lab's machine hung {ATTEMPTS} times; its console said last:\n{console}"
+            ))
+        })
+    }
+
+    /// Boots the machine and runs the command; no status when the machine hung.
+    fn attempt(&self) -> Result<Option<i32>> {
+        let console = self.scratch.join(CONSOLE_LOG);
+        let channels = Channels::listen(self.scratch)?;
+        let mut qemu = Qemu(self.start(&console)?);
+        let started = Instant::now();
+
+        let (sender, receiver) = mpsc::channel();
+        let status = channels.status.accept_in_thread(sender.clone());
+        let mut pumps = Vec::new();
+        let heard = Heard::default();
+        if !self.terminal {
+            pumps.push(channels.stdout.pump_to(io::stdout(), heard.clone()));
+            pumps.push(channels.stderr.pump_to(io::stderr(), heard.clone()));
+            channels.stdin.feed_from_stdin();
+        }
+        if self.verbose {
+            follow(&console);
+        }
+
+        let mut up = false;
+        let told = loop {
+            match receiver.recv_timeout(Duration::from_millis(50)) {
+                Ok(Said::Up) => up = true,
+                Ok(said) => break said,
+                Err(_) if !up && started.elapsed() > BOOT_TIMEOUT => {
+                    qemu.end();
+                    return Ok(None);
+                }
+                Err(_)
+                    if self
+                        .silence
+                        .is_some_and(|silence| heard.silent_for(started) > silence) =>
+                {
+                    qemu.end();
+                    return Ok(None);
+                }
+                Err(_) => {}
+            }
+            if let Some(end) = qemu.0.try_wait().context(|| "cannot wait for QEMU")? {
+                // The last word may still be on its way from a machine that has powered itself off.
+                break receiver
+                    .recv_timeout(Duration::from_secs(1))
+                    .unwrap_or(Said::Nothing(end.to_string()));
+            }
+            if self
+                .timeout
+                .is_some_and(|timeout| started.elapsed() > timeout)
+            {
+                qemu.end();
+                eprintln!(
+                    "lab: the command did not end within {:?}",
+                    self.timeout.unwrap_or_default()
+                );
+                return Ok(Some(124));
+            }
+        };
+        drop(status);
+        match told {
+            Said::Exit(code) => {
+                // The machine has nothing to lose: its root is memory, and /out is written through.
+                qemu.end();
+                for pump in pumps {
+                    let _ = pump.join();
+                }
+                Ok(Some(code))
+            }
+            // Said on the way, and no end.
+            Said::Up => Ok(None),
+            Said::Nothing(end) => Err(Error::new(format!(
+                "the lab's machine ended before the command did (QEMU {end}); its console said last:\n{}\n{}",
+                last_lines(&console, 15),
+                last_lines(&self.scratch.join(QEMU_LOG), 5)
+            ))),
+        }
+    }
+
+    fn start(&self, console: &Path) -> Result<Child> {
+        let mut command = Command::new("qemu-system-x86_64");
+        let socket = |name: &str| {
+            format!(
+                "socket,id={name},path={}",
+                self.scratch.join(name).display()
+            )
+        };
+        let share = |path: &Path, tag: &str, options: &str| {
+            format!(
+                "local,path={},mount_tag={tag},security_model=none,multidevs=remap{options}",
+                path.display()
+            )
+        };
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .args(["-machine", "q35", "-accel", "tcg,thread=multi"])
+            // Five-level paging would only make every nested walk longer. A guest-physical space of 64 GiB is plenty, and
+            // some KVMs keep two bytes for each page that a memory slot covers. QEMU 7.2 lets a nested guest set XCR0 past
+            // KVM, which then describes another XSAVE area than the guest uses: better none.
+            .args(["-cpu", "max,la57=off,phys-bits=36,xsave=off,erms=off,fsrm=off"])
+            .args(["-smp", &self.cpus.to_string(), "-m", self.memory])
+            .arg("-kernel")
+            .arg(self.kernel)
+            .arg("-initrd")
+            .arg(self.root)
+            // TCG's time stamp counters agree between processors, which Linux cannot know by itself; with that said, KVM
+            // keeps one clock for all guests, as on hardware.
+            // On a busy host the timer can come too late for the kernel's check, which then panics.
+            .args(["-append", "console=ttyS0 panic=-1 tsc=reliable no_timer_check mitigations=off nokaslr random.trust_cpu=on quiet loglevel=5"])
+            .args(["-serial", &format!("file:{}", console.display())])
+            .args(["-device", "virtio-serial-pci"])
+            .args(["-chardev", &socket("status"), "-device", "virtserialport,chardev=status,name=status"])
+            .args(["-virtfs", &share(self.target, "target", ",readonly=on")])
+            .args(["-virtfs", &share(self.out, "out", "")]);
+        if self.terminal {
+            command.args([
+                "-chardev",
+                "stdio,id=terminal,signal=off",
+                "-device",
+                "virtconsole,chardev=terminal",
+            ]);
+        } else {
+            for name in ["stdin", "stdout", "stderr"] {
+                command.args(["-chardev", &socket(name)]);
+                command.args([
+                    "-device",
+                    &format!("virtserialport,chardev={name},name={name}"),
+                ]);
+            }
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+        }
+        let log = self.scratch.join(QEMU_LOG);
+        command.stderr(File::create(&log).context(|| format!("cannot create {}", log.display()))?);
+        // SAFETY: prctl is async-signal-safe and changes only the child, which must not outlive this process.
+        unsafe {
+            command.pre_exec(|| {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        command
+            .spawn()
+            .context(|| "cannot start qemu-system-x86_64 (Debian package qemu-system-x86)")
+    }
+}
+
+/// When the command was last heard.
+#[derive(Clone, Default)]
+struct Heard(Arc<Mutex<Option<Instant>>>);
+
+impl Heard {
+    fn now(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// How long it has said nothing, at most since `started`.
+    fn silent_for(&self, started: Instant) -> Duration {
+        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        last.unwrap_or(started).elapsed()
+    }
+}
+
+/// QEMU, ended when this goes out of scope.
+struct Qemu(Child);
+
+impl Qemu {
+    fn end(&mut self) {
+        // SIGTERM rather than SIGKILL: QEMU then gives the terminal back as it was.
+        // SAFETY: the child has not been waited for, so the process id is still its own.
+        unsafe { libc::kill(self.0.id().cast_signed(), libc::SIGTERM) };
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) {
+            self.end();
+        }
+    }
+}
+
+/// What the machine says of itself.
+enum Said {
+    /// It has booted and is about to run the command.
+    Up,
+    /// The command has ended with this status.
+    Exit(i32),
+    /// It has stopped without a word; QEMU's own end.
+    Nothing(String),
+}
+
+/// A socket on which QEMU will call.
+struct Channel(UnixListener);
+
+struct Channels {
+    stdin: Channel,
+    stdout: Channel,
+    stderr: Channel,
+    status: Channel,
+}
+
+impl Channels {
+    fn listen(folder: &Path) -> Result<Self> {
+        let listen = |name: &str| {
+            let path = folder.join(name);
+            // An earlier attempt's.
+            let _ = fs::remove_file(&path);
+            UnixListener::bind(&path)
+                .map(Channel)
+                .context(|| format!("cannot listen on {}", path.display()))
+        };
+        Ok(Self {
+            stdin: listen("stdin")?,
+            stdout: listen("stdout")?,
+            stderr: listen("stderr")?,
+            status: listen("status")?,
+        })
+    }
+}
+
+impl Channel {
+    fn accept(&self) -> io::Result<UnixStream> {
+        self.0.accept().map(|(stream, _)| stream)
+    }
+
+    fn accept_in_thread(self, told: mpsc::Sender<Said>) -> JoinHandle<()> {
+        thread::spawn(move || {
+            let Ok(stream) = self.accept() else { return };
+            for line in BufReader::new(stream).lines().map_while(io::Result::ok) {
+                let said = match line.strip_prefix("exit ") {
+                    Some(code) => code.trim().parse().map(Said::Exit).ok(),
+                    None => (line == "up").then_some(Said::Up),
+                };
+                if said.is_some_and(|said| told.send(said).is_err()) {
+                    return;
+                }
+            }
+        })
+    }
+
+    fn pump_to(self, mut to: impl Write + Send + 'static, heard: Heard) -> JoinHandle<()> {
+        thread::spawn(move || {
+            let Ok(mut stream) = self.accept() else {
+                return;
+            };
+            let mut buffer = vec![0; 64 << 10];
+            while let Ok(count @ 1..) = stream.read(&mut buffer) {
+                heard.now();
+                let _ = to.write_all(&buffer[..count]).and_then(|()| to.flush());
+            }
+        })
+    }
+
+    fn feed_from_stdin(self) {
+        thread::spawn(move || {
+            let Ok(mut stream) = self.accept() else {
+                return;
+            };
+            let _ = io::copy(&mut io::stdin(), &mut stream);
+            let _ = stream.shutdown(Shutdown::Write);
+            // The socket stays open: QEMU takes a closed one for a vanished peer.
+            thread::sleep(Duration::MAX);
+        });
+    }
+}
+
+/// Copies the console's log to standard error as it grows.
+fn follow(console: &Path) {
+    let path: PathBuf = console.to_owned();
+    thread::spawn(move || {
+        let started = Instant::now();
+        let mut log = loop {
+            match File::open(&path) {
+                Ok(log) => break log,
+                Err(_) if started.elapsed() < BOOT_TIMEOUT => {
+                    thread::sleep(Duration::from_millis(50));
+                }
+                Err(_) => return,
+            }
+        };
+        loop {
+            if io::copy(&mut log, &mut io::stderr()).is_err() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    });
+}
+
+fn last_lines(file: &Path, count: usize) -> String {
+    let text = fs::read(file)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}

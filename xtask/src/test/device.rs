@@ -1,0 +1,79 @@
+//! The programs of the crate `rota-tests`. Those of the conformance suite are clients of `/dev/mshv` themselves and run under
+//! softmshv; the others start what they need.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::time::Duration;
+
+use super::harness::{self, Counts};
+use crate::error::Result;
+
+/// The programs that hold the conformance suite are named so.
+const CONFORMANCE: &str = "conformance";
+
+/// The worlds it is run in, as options of the launcher: Linux schedules, and the hypervisor does.
+const WORLDS: [&[&str]; 2] = [&[], &["--scheduler", "core"]];
+
+/// Test programs and how to run them.
+#[derive(Debug)]
+pub(crate) struct Suite<'a> {
+    /// The launcher.
+    pub(crate) softmshv: &'a str,
+    /// Names with paths.
+    pub(crate) programs: &'a [(String, String)],
+    /// Run only tests whose name contains this.
+    pub(crate) filter: Option<&'a str>,
+    /// Environment variables for the programs.
+    pub(crate) environment: &'a [(&'a str, &'a str)],
+    /// The longest time a program may take.
+    pub(crate) limit: Duration,
+}
+
+impl Suite<'_> {
+    /// Runs each program, where needed under the launcher, says how it went, and returns the sum.
+    pub(crate) fn run(&self) -> Result<Counts> {
+        let mut total = Counts::default();
+        let mut reasons = BTreeMap::<String, usize>::new();
+        for (name, path) in self.programs {
+            let commands = if name.starts_with(CONFORMANCE) {
+                let in_world = |world: &[&str]| {
+                    let mut command = Command::new(self.softmshv);
+                    command.args(world).arg("--").arg(path);
+                    (world.join(" "), command)
+                };
+                WORLDS.map(in_world).into()
+            } else {
+                vec![(String::new(), Command::new(path))]
+            };
+            for (world, mut command) in commands {
+                command
+                    .args(self.filter)
+                    .envs(self.environment.iter().copied());
+                let outcome = harness::run(command, self.limit)?;
+                println!(
+                    "  {}: {} ({:.1} s)",
+                    format!("{name} {world}").trim_end(),
+                    outcome.counts,
+                    outcome.elapsed.as_secs_f64()
+                );
+                if outcome.counts.failed > 0 {
+                    println!("{}", failures(&outcome.output));
+                }
+                for (reason, count) in outcome.reasons {
+                    *reasons.entry(reason).or_default() += count;
+                }
+                total += outcome.counts;
+            }
+        }
+        for (reason, count) in reasons {
+            println!("  skipped {count}: {reason}");
+        }
+        Ok(total)
+    }
+}
+
+/// What a test program says about its failures: the part of its output after the list of all tests.
+fn failures(output: &str) -> &str {
+    let start = output.find("\nfailures:\n").map_or(0, |at| at + 1);
+    output[start..].trim_end()
+}

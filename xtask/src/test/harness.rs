@@ -1,0 +1,282 @@
+//! Runs one compiled test program and reads from its output what came of it.
+//!
+//! The programs speak the language of Rust's test harness. A test that cannot run where it is says so by a line
+//! `SKIP <name>: <reason>` on standard error and passes; it counts as skipped here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Result};
+
+/// How many tests ended how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Counts {
+    /// Those that ran and succeeded.
+    pub(crate) passed: usize,
+    /// Those that ran and failed.
+    pub(crate) failed: usize,
+    /// Those that could not run.
+    pub(crate) skipped: usize,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} passed, {} failed, {} skipped",
+            self.passed, self.failed, self.skipped
+        )
+    }
+}
+
+/// What came of one program.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// Its counts.
+    pub(crate) counts: Counts,
+    /// Why tests were skipped, and how many for each reason.
+    pub(crate) reasons: BTreeMap<String, usize>,
+    /// Everything it printed.
+    pub(crate) output: String,
+    /// How long it took.
+    pub(crate) elapsed: Duration,
+}
+
+/// A program that takes longer says what it has done so far.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// Runs a test program to its end, or for as long as `limit`; of one that takes its time each test is shown when it ends.
+pub(crate) fn run(mut command: Command, limit: Duration) -> Result<Outcome> {
+    let shown = command.get_program().to_string_lossy().into_owned();
+    let started = Instant::now();
+    let (reader, writer) = io::pipe().context(|| "cannot make a pipe")?;
+    let errors = writer.try_clone().context(|| "cannot make a pipe")?;
+    // A group of its own, so that what it starts can be ended with it.
+    command.process_group(0);
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .stderr(errors)
+        .spawn();
+    // The command holds the pipe's writing end, and with it the reader.
+    drop(command);
+    let mut child = child.context(|| format!("cannot run {shown}"))?;
+    let collected = Collected::start(reader);
+    let mut shown_until = 0;
+    let status = loop {
+        if let Some(status) = child
+            .try_wait()
+            .context(|| format!("cannot wait for {shown}"))?
+        {
+            break Some(status);
+        }
+        if started.elapsed() > limit {
+            break None;
+        }
+        if started.elapsed() > QUIET {
+            for verdict in collected.verdicts(&mut shown_until) {
+                println!("    {verdict}");
+            }
+        }
+        thread::sleep(Duration::from_millis(10));
+    };
+    // SAFETY: no pointer is involved. The group is the child's own; if nothing is left of it, nothing happens.
+    unsafe { libc::kill(-child.id().cast_signed(), libc::SIGKILL) };
+    let _ = child.wait();
+    let mut output = collected.finish();
+    let (mut counts, reasons) = read(&output);
+    match status {
+        None => output.push_str(&format!("\n{shown} was ended after {limit:?}\n")),
+        // A program that dies tells nothing about the tests it had not come to.
+        Some(status) if !status.success() => {
+            output.push_str(&format!("\n{shown} ended with {status}\n"));
+        }
+        Some(_) => {}
+    }
+    if counts.failed == 0 && !status.is_some_and(|status| status.success()) {
+        counts.failed = 1;
+    }
+    Ok(Outcome {
+        counts,
+        reasons,
+        output,
+        elapsed: started.elapsed(),
+    })
+}
+
+/// What comes out of a pipe.
+struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Collected {
+    fn start(mut pipe: io::PipeReader) -> Self {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&bytes);
+        let thread = thread::spawn(move || {
+            let mut buffer = vec![0; 64 << 10];
+            while let Ok(count @ 1..) = pipe.read(&mut buffer) {
+                if let Ok(mut bytes) = sink.lock() {
+                    bytes.extend_from_slice(&buffer[..count]);
+                }
+            }
+        });
+        Self { bytes, thread }
+    }
+
+    /// The lines `test NAME ... VERDICT` that are complete, from byte `position` on, which moves behind them.
+    fn verdicts(&self, position: &mut usize) -> Vec<String> {
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = &bytes[*position..];
+        let Some(end) = new.iter().rposition(|byte| *byte == b'\n') else {
+            return Vec::new();
+        };
+        *position += end + 1;
+        String::from_utf8_lossy(&new[..end])
+            .lines()
+            .filter_map(|line| line.strip_prefix("test ").filter(|it| it.contains(" ... ")))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Everything until the end of the pipe. A process that left the group may keep the pipe open: then what there is.
+    fn finish(self) -> String {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while !self.thread.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// The counts in a test program's output (or in that of several).
+pub(crate) fn read(output: &str) -> (Counts, BTreeMap<String, usize>) {
+    let mut counts = Counts::default();
+    for line in output.lines() {
+        // test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s
+        let Some((_, numbers)) = line
+            .split_once("test result: ")
+            .and_then(|(_, rest)| rest.split_once(". "))
+        else {
+            continue;
+        };
+        for part in numbers.split("; ") {
+            match part
+                .split_once(' ')
+                .and_then(|(number, what)| Some((number.parse::<usize>().ok()?, what)))
+            {
+                Some((number, "passed")) => counts.passed += number,
+                Some((number, "failed")) => counts.failed += number,
+                Some((number, "ignored")) => counts.skipped += number,
+                _ => {}
+            }
+        }
+    }
+    let skips: BTreeSet<_> = output
+        .lines()
+        .filter_map(|line| {
+            line.split_once("SKIP ")
+                .and_then(|(_, skip)| skip.split_once(": "))
+        })
+        .collect();
+    let mut reasons = BTreeMap::new();
+    for (_, reason) in &skips {
+        *reasons.entry((*reason).to_owned()).or_default() += 1;
+    }
+    let skipped = skips.len().min(counts.passed);
+    counts.passed -= skipped;
+    counts.skipped += skipped;
+    (counts, reasons)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    const OUTPUT: &str = "\
+running 4 tests
+SKIP needs_paging: 64-bit code does not run here
+test needs_paging ... ok
+test a ... ok
+test b ... FAILED
+test c ... ignored
+test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s
+";
+
+    #[test]
+    fn a_skip_is_not_a_pass() {
+        let (counts, reasons) = read(OUTPUT);
+        assert_eq!(
+            counts,
+            Counts {
+                passed: 1,
+                failed: 1,
+                skipped: 2
+            }
+        );
+        assert_eq!(reasons["64-bit code does not run here"], 1);
+    }
+
+    #[test]
+    fn verdicts_are_shown_once_and_only_whole() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let collected = Collected::start(reader);
+        let mut position = 0;
+        writer
+            .write_all(b"running 2 tests\ntest a ... ok\ntest b ... F")
+            .unwrap();
+        while collected.bytes.lock().unwrap().len() < 42 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(collected.verdicts(&mut position), ["a ... ok"]);
+        writer.write_all(b"AILED\n").unwrap();
+        drop(writer);
+        while !collected.thread.is_finished() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(collected.verdicts(&mut position), ["b ... FAILED"]);
+    }
+
+    #[test]
+    fn a_program_that_dies_has_failed() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo running 3 tests; kill -SEGV $$"]);
+        let outcome = run(command, Duration::from_secs(10)).unwrap();
+        assert_eq!(
+            outcome.counts,
+            Counts {
+                failed: 1,
+                ..Counts::default()
+            }
+        );
+        assert!(outcome.output.contains("signal: 11"));
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_ended_with_what_it_started() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 100 & sleep 100"]);
+        let outcome = run(command, Duration::from_millis(50)).unwrap();
+        assert_eq!(outcome.counts.failed, 1);
+        assert!(outcome.output.contains("was ended after"));
+    }
+}
