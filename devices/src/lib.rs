@@ -25,5 +25,6 @@ pub mod pci;
 pub mod post;
 pub mod power;
 pub mod serial;
+pub mod virtio;
 
 pub use bus::{Bus, BusDevice, BusError};
