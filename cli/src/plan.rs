@@ -34,8 +34,13 @@ Exit status:
 #[derive(Args)]
 #[command(after_help = format!("{EXAMPLES}\n\n{HELP}\n\n{STATUS}"))]
 pub(crate) struct Plan {
-    /// Virtual processors: boot=N[,topology=T:C:D:P][,affinity=[VCPU@[CPUS],…]][,core_scheduling=vm|vcpu|off]
-    #[arg(long, value_name = "OPTIONS", default_value = "boot=1")]
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        default_value = "boot=1",
+        help = "Virtual processors: boot=N[,topology=T:C:D:P][,affinity=[VCPU@[CPUS],…]][,core_scheduling=vm|vcpu|off]"
+    )]
     cpus: CpusOption,
     /// What is wanted for them: key=value,…
     #[arg(long, value_name = "POLICY", default_value = "")]
@@ -46,7 +51,7 @@ pub(crate) struct Plan {
     /// Name of the machine; one that is in the ledger is planned again
     #[arg(long, value_name = "NAME", default_value = "new")]
     name: String,
-    /// Take a libvirt domain's <cputune> (or one alone) instead of --sched
+    /// Take a libvirt domain's `<cputune>` (or one alone) instead of --sched
     #[arg(long, value_name = "FILE", conflicts_with = "sched")]
     libvirt: Option<PathBuf>,
     /// Plan for the host recorded in FILE instead of this one

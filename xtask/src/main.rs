@@ -186,7 +186,6 @@ fn run_in_lab(workspace: &Workspace, args: LabArgs) -> Result<i32> {
         workspace.build(profile)?;
     }
     let lab = Lab {
-        silence: None,
         cpus: args.smp,
         memory: args.mem,
         kernel: args.kernel,

@@ -44,7 +44,11 @@ port() {
 }
 
 share() { mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,$3" "$1" "$2"; }
-echo up >"$(port status)"
+# Opened once, and kept: a port takes nobody else meanwhile.
+exec 3>"$(port status)"
+echo up >&3
+# A machine that says no more that it lives has stopped.
+while sleep 2; do echo alive >&3; done &
 share target /target ro,cache=loose
 share out /out rw,cache=none
 
@@ -52,7 +56,7 @@ if [ -e /lab/terminal ]; then
     # A login on the virtual console: the command is the leader of its session, so that ^C reaches it.
     console=/dev/hvc0
     stty -F "$console" $(cat /lab/terminal)
-    setsid -c sh /lab/command <"$console" >"$console" 2>&1
+    setsid -c sh /lab/command <"$console" >"$console" 2>&1 3>&-
     status=$?
 else
     # Pipes stand between the command and the ports, because a port can be opened only once.
@@ -63,12 +67,12 @@ else
     cat /run/stderr >"$(port stderr)" &
     stderr=$!
     # In a process of its own, since opening a pipe waits and the end of a child would interrupt that.
-    ( exec sh /lab/command </run/stdin >/run/stdout 2>/run/stderr )
+    ( exec sh /lab/command </run/stdin >/run/stdout 2>/run/stderr 3>&- )
     status=$?
     # What the command left running may hold the pipes open; it gets a moment to say its last words.
     ( sleep 1; kill $stdout $stderr 2>/dev/null ) &
     wait $stdout $stderr
 fi
 sync
-echo "exit $status" >"$(port status)"
+echo "exit $status" >&3
 poweroff -f

@@ -12,7 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -33,16 +33,16 @@ pub(super) struct Machine<'a> {
     /// Whether to show the kernel's console.
     pub(super) verbose: bool,
     pub(super) timeout: Option<Duration>,
-    /// A command that says nothing for so long is taken to hang, with the machine, which is then started again.
-    pub(super) silence: Option<Duration>,
     /// A folder for this run's sockets and logs.
     pub(super) scratch: &'a Path,
 }
 
 /// Long enough for the slowest host; a lab that does not come up by then never will. Emulated machines hang once in a while.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
-/// How often to start a machine that does not come up.
-const ATTEMPTS: u32 = 3;
+/// A machine that lives says so every two seconds, however busy it is; one that has said nothing for so long has stopped.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How often to start a machine that stops.
+const ATTEMPTS: u32 = 5;
 
 /// What the machine's kernel has to say.
 const CONSOLE_LOG: &str = "console.log";
@@ -50,23 +50,23 @@ const CONSOLE_LOG: &str = "console.log";
 const QEMU_LOG: &str = "qemu.log";
 
 impl Machine<'_> {
-    /// Boots the machine, runs the command, and returns its exit status. A machine that hangs is started again.
+    /// Boots the machine, runs the command, and returns its exit status. A machine that stops is started again.
     pub(super) fn run(&self) -> Result<i32> {
         for _ in 1..ATTEMPTS {
             if let Some(status) = self.attempt()? {
                 return Ok(status);
             }
-            eprintln!("lab: the emulated machine hangs; starting it again");
+            eprintln!("lab: the emulated machine has stopped; starting it again");
         }
         self.attempt()?.ok_or_else(|| {
             let console = last_lines(&self.scratch.join(CONSOLE_LOG), 15);
             Error::new(format!(
-                "the lab's machine hung {ATTEMPTS} times; its console said last:\n{console}"
+                "the lab's machine stopped {ATTEMPTS} times; its console said last:\n{console}"
             ))
         })
     }
 
-    /// Boots the machine and runs the command; no status when the machine hung.
+    /// Boots the machine and runs the command; no status when the machine stopped.
     fn attempt(&self) -> Result<Option<i32>> {
         let console = self.scratch.join(CONSOLE_LOG);
         let channels = Channels::listen(self.scratch)?;
@@ -76,30 +76,21 @@ impl Machine<'_> {
         let (sender, receiver) = mpsc::channel();
         let status = channels.status.accept_in_thread(sender.clone());
         let mut pumps = Vec::new();
-        let heard = Heard::default();
         if !self.terminal {
-            pumps.push(channels.stdout.pump_to(io::stdout(), heard.clone()));
-            pumps.push(channels.stderr.pump_to(io::stderr(), heard.clone()));
+            pumps.push(channels.stdout.pump_to(io::stdout()));
+            pumps.push(channels.stderr.pump_to(io::stderr()));
             channels.stdin.feed_from_stdin();
         }
         if self.verbose {
             follow(&console);
         }
 
-        let mut up = false;
+        let (mut heard, mut patience) = (started, BOOT_TIMEOUT);
         let told = loop {
             match receiver.recv_timeout(Duration::from_millis(50)) {
-                Ok(Said::Up) => up = true,
+                Ok(Said::Alive) => (heard, patience) = (Instant::now(), SILENCE),
                 Ok(said) => break said,
-                Err(_) if !up && started.elapsed() > BOOT_TIMEOUT => {
-                    qemu.end();
-                    return Ok(None);
-                }
-                Err(_)
-                    if self
-                        .silence
-                        .is_some_and(|silence| heard.silent_for(started) > silence) =>
-                {
+                Err(_) if heard.elapsed() > patience => {
                     qemu.end();
                     return Ok(None);
                 }
@@ -134,7 +125,7 @@ impl Machine<'_> {
                 Ok(Some(code))
             }
             // Said on the way, and no end.
-            Said::Up => Ok(None),
+            Said::Alive => Ok(None),
             Said::Nothing(end) => Err(Error::new(format!(
                 "the lab's machine ended before the command did (QEMU {end}); its console said last:\n{}\n{}",
                 last_lines(&console, 15),
@@ -210,22 +201,6 @@ impl Machine<'_> {
     }
 }
 
-/// When the command was last heard.
-#[derive(Clone, Default)]
-struct Heard(Arc<Mutex<Option<Instant>>>);
-
-impl Heard {
-    fn now(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-    }
-
-    /// How long it has said nothing, at most since `started`.
-    fn silent_for(&self, started: Instant) -> Duration {
-        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        last.unwrap_or(started).elapsed()
-    }
-}
-
 /// QEMU, ended when this goes out of scope.
 struct Qemu(Child);
 
@@ -248,8 +223,8 @@ impl Drop for Qemu {
 
 /// What the machine says of itself.
 enum Said {
-    /// It has booted and is about to run the command.
-    Up,
+    /// It has booted, or still runs.
+    Alive,
     /// The command has ended with this status.
     Exit(i32),
     /// It has stopped without a word; QEMU's own end.
@@ -296,7 +271,9 @@ impl Channel {
             for line in BufReader::new(stream).lines().map_while(io::Result::ok) {
                 let said = match line.strip_prefix("exit ") {
                     Some(code) => code.trim().parse().map(Said::Exit).ok(),
-                    None => (line == "up").then_some(Said::Up),
+                    None => ["up", "alive"]
+                        .contains(&line.as_str())
+                        .then_some(Said::Alive),
                 };
                 if said.is_some_and(|said| told.send(said).is_err()) {
                     return;
@@ -305,14 +282,13 @@ impl Channel {
         })
     }
 
-    fn pump_to(self, mut to: impl Write + Send + 'static, heard: Heard) -> JoinHandle<()> {
+    fn pump_to(self, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
         thread::spawn(move || {
             let Ok(mut stream) = self.accept() else {
                 return;
             };
             let mut buffer = vec![0; 64 << 10];
             while let Ok(count @ 1..) = stream.read(&mut buffer) {
-                heard.now();
                 let _ = to.write_all(&buffer[..count]).and_then(|()| to.flush());
             }
         })

@@ -58,8 +58,6 @@ pub(crate) struct Lab {
     pub(crate) additions: Vec<Addition>,
     /// How long the run may take.
     pub(crate) timeout: Option<Duration>,
-    /// Take a command that says nothing for so long to hang with the machine, and start again.
-    pub(crate) silence: Option<Duration>,
     /// Whether to show the kernel's console on standard error.
     pub(crate) verbose: bool,
     /// Which build is on the lab's `PATH`.
@@ -78,7 +76,6 @@ impl Default for Lab {
             kernel: None,
             additions: Vec::new(),
             timeout: None,
-            silence: None,
             verbose: false,
             profile: Profile::Dev,
             terminal: false,
@@ -135,7 +132,6 @@ impl Lab {
             terminal,
             verbose: self.verbose,
             timeout: self.timeout,
-            silence: self.silence,
             scratch: &scratch.0,
         }
         .run()

@@ -2,11 +2,13 @@
 //! softmshv; the others start what they need.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use super::harness::{self, Counts};
-use crate::error::Result;
+use crate::error::{Context, Result};
 
 /// The programs that hold the conformance suite are named so.
 const CONFORMANCE: &str = "conformance";
@@ -27,12 +29,29 @@ pub(crate) struct Suite<'a> {
     pub(crate) environment: &'a [(&'a str, &'a str)],
     /// The longest time a program may take.
     pub(crate) limit: Duration,
+    /// Where to note what came of each program. Programs that stand there have run, and do not run again.
+    pub(crate) results: Option<PathBuf>,
+}
+
+/// What came of each program: its counts.
+pub(crate) type Results = BTreeMap<String, Counts>;
+
+/// What was noted in `file`; nothing if there is no such file.
+pub(crate) fn read_results(file: &Path) -> Results {
+    fs::read(file)
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok())
+        .unwrap_or_default()
 }
 
 impl Suite<'_> {
     /// Runs each program, where needed under the launcher, says how it went, and returns the sum.
     pub(crate) fn run(&self) -> Result<Counts> {
-        let mut total = Counts::default();
+        let mut results = self
+            .results
+            .as_deref()
+            .map(read_results)
+            .unwrap_or_default();
         let mut reasons = BTreeMap::<String, usize>::new();
         for (name, path) in self.programs {
             let commands = if name.starts_with(CONFORMANCE) {
@@ -46,13 +65,16 @@ impl Suite<'_> {
                 vec![(String::new(), Command::new(path))]
             };
             for (world, mut command) in commands {
+                let label = format!("{name} {world}").trim_end().to_owned();
+                if results.contains_key(&label) {
+                    continue;
+                }
                 command
                     .args(self.filter)
                     .envs(self.environment.iter().copied());
                 let outcome = harness::run(command, self.limit)?;
                 println!(
-                    "  {}: {} ({:.1} s)",
-                    format!("{name} {world}").trim_end(),
+                    "  {label}: {} ({:.1} s)",
                     outcome.counts,
                     outcome.elapsed.as_secs_f64()
                 );
@@ -62,13 +84,17 @@ impl Suite<'_> {
                 for (reason, count) in outcome.reasons {
                     *reasons.entry(reason).or_default() += count;
                 }
-                total += outcome.counts;
+                results.insert(label, outcome.counts);
+                if let Some(file) = &self.results {
+                    let json = serde_json::to_vec(&results).context(|| "cannot write JSON")?;
+                    fs::write(file, json).context(|| format!("cannot write {}", file.display()))?;
+                }
             }
         }
         for (reason, count) in reasons {
             println!("  skipped {count}: {reason}");
         }
-        Ok(total)
+        Ok(results.into_values().sum())
     }
 }
 
