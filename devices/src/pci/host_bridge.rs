@@ -1,6 +1,6 @@
 //! The host bridge at 00.0: there so that a scan of the bus finds a PCI host, and without a function of its own.
 
-use super::PciFunction;
+use super::{PciFunction, config::CONVENTIONAL};
 
 /// The PCIe host bridge that virtual machines know: no quirk of real hardware is keyed to its id.
 const VENDOR: u16 = 0x1b36;
@@ -16,10 +16,6 @@ const HEADER: [u8; 16] = {
     [header[0xa], header[0xb]] = CLASS.to_le_bytes();
     header
 };
-
-/// A conventional function has 256 bytes of configuration space. What PCI Express has behind them reads as all ones, which
-/// tells Linux not to look for extended capabilities there.
-const CONVENTIONAL: usize = 256;
 
 /// The host bridge. All its registers are read-only; those behind the header read as zero.
 #[derive(Debug, Clone, Copy, Default)]

@@ -27,7 +27,7 @@ const ECHO: Slot = Slot {
 
 fn bus() -> (Arc<Echo>, Arc<PciBus>) {
     let echo = Arc::new(Echo::default());
-    let mut bus = PciBus::default();
+    let bus = PciBus::default();
     let root = Slot {
         device: 0,
         function: 0,
@@ -177,7 +177,7 @@ fn the_host_bridge_cannot_be_changed() {
 #[test]
 fn slots_are_given_once() {
     let (_, _) = bus();
-    let mut bus = PciBus::default();
+    let bus = PciBus::default();
     let slot = Slot {
         device: 1,
         function: 0,

@@ -2,7 +2,7 @@
 //!
 //! A device is one folder with one [`VirtioDevice`] in it. It says what it is — kind, features, queues, configuration — and
 //! gets an [`Activation`] when the guest's driver is ready: the guest's memory, the queues the driver has set up, and a
-//! [`Notify`] to interrupt it with. How the driver found it is the business of a transport, of which there is one: `pci`.
+//! [`Notify`] to interrupt it with. How the driver found it is the business of a transport, of which there is one: [`pci`].
 //!
 //! ```text
 //! driver ── kick (ioeventfd) ──▶ Worker ──▶ VirtQueue::pop ──▶ Chain ──▶ device ──▶ VirtQueue::push ──▶ Notify ──▶ driver
@@ -12,6 +12,7 @@
 //! that in a device that says it needs a reset. Nothing else happens to the machine.
 
 mod chain;
+pub mod pci;
 mod queue;
 pub mod rng;
 mod worker;
