@@ -5,7 +5,7 @@ use std::{error::Error, path::PathBuf, str::FromStr, time::Instant};
 use clap::Args;
 use scheduler::{PolicyError, SchedMode, VmPolicy, policy::CpusOption};
 use vmm::{
-    config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig},
+    config::{CpusConfig, MemoryConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig},
     control::{self, Ended, RunError},
     partition::PartitionError,
     report::Report,
@@ -57,6 +57,8 @@ pub(crate) struct Run {
     #[arg(long, value_name = "MODE", default_value = "tty")]
     serial: SerialConfig,
     #[command(flatten)]
+    devices: DeviceArguments,
+    #[command(flatten)]
     scheduling: SchedulingArguments,
     /// Write a JSON report at the end: exits and ioctls by kind, times, memory, scheduler
     #[arg(long, value_name = "FILE")]
@@ -83,6 +85,7 @@ impl Run {
             cpus: self.cpus.config,
             memory: self.memory,
             serial: self.serial,
+            rng: self.devices.rng,
             scheduling,
         };
         let result = control::run(&config, &mut report);
@@ -126,6 +129,14 @@ impl FromStr for Cpus {
         let config = placement.others.parse()?;
         Ok(Self { config, placement })
     }
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Devices")]
+struct DeviceArguments {
+    /// Randomness for the guest: src=PATH, for instance src=/dev/urandom
+    #[arg(long, value_name = "OPTIONS")]
+    rng: Option<RngConfig>,
 }
 
 #[derive(Args)]

@@ -2,7 +2,7 @@
 //!
 //! | variable | what | if not set |
 //! |---|---|---|
-//! | `ROTA_GUEST_DIR` | kernels and the initramfs (`vmlinuz-cloud`, `vmlinux-cloud`, `initramfs.cpio`) | `/guest` |
+//! | `ROTA_GUEST_DIR` | kernels and the initramfs (`vmlinuz-cloud`, `vmlinux-cloud`, `initramfs.cpio`, `initramfs-devices.cpio`) | `/guest` |
 //! | `ROTA_BIN` | the VMM | `rota` beside the test's folder, else on the `PATH` |
 //! | `SOFTMSHV_BIN` | the launcher that provides a `/dev/mshv` where there is none | `softmshv`, likewise |
 //! | `ROTA_BOOT_TIMEOUT` | seconds a boot may take | 120 |
@@ -214,6 +214,42 @@ impl Vmm {
         Vmm::start(run(rota(), kernel, cmdline).args(arguments))
     }
 
+    /// `rota run` with the cloud kernel and the initramfs that has drivers, up to the guest's shell.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn boot_with_drivers(arguments: &[&str]) -> Vmm {
+        let mut command = run_with(
+            rota(),
+            "vmlinuz-cloud",
+            "initramfs-devices.cpio",
+            "rota.then=shell",
+        );
+        let mut vmm = Vmm::start(command.args(arguments));
+        vmm.wait_for_init();
+        vmm
+    }
+
+    /// Has the guest's shell run `command`, and returns the last line of what it prints.
+    ///
+    /// # Panics
+    /// When the command does not end, or fails.
+    pub fn guest_runs(&mut self, command: &str) -> String {
+        // In two parts, or the echo of what is typed would be taken for the answer.
+        self.type_in(&format!("{command}; echo ROTA-\"\"STATUS $?\n"));
+        let line = self.wait_for("ROTA-STATUS");
+        assert!(
+            line.ends_with("ROTA-STATUS 0"),
+            "{command}: {line}; printed:\n{}",
+            self.printed()
+        );
+        let last = self.output.len().checked_sub(2);
+        last.and_then(|last| self.output.get(last))
+            .cloned()
+            .unwrap_or_default()
+    }
+
     /// Reads until a line contains `text`, and returns it.
     ///
     /// # Panics
@@ -332,13 +368,17 @@ impl Drop for Vmm {
 
 /// Adds `run` with a kernel, the initramfs and a command line on the first serial port.
 #[must_use]
-pub fn run(mut command: Command, kernel: &str, cmdline: &str) -> Command {
+pub fn run(command: Command, kernel: &str, cmdline: &str) -> Command {
+    run_with(command, kernel, "initramfs.cpio", cmdline)
+}
+
+fn run_with(mut command: Command, kernel: &str, initramfs: &str, cmdline: &str) -> Command {
     command
         .arg("run")
         .arg("--kernel")
         .arg(guest(kernel))
         .arg("--initramfs")
-        .arg(guest("initramfs.cpio"));
+        .arg(guest(initramfs));
     command
         .arg("--cmdline")
         .arg(format!("console=ttyS0 quiet {cmdline}"));

@@ -3,7 +3,7 @@
 use std::{
     io::{self, Write},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU8, Ordering},
     },
 };
@@ -12,20 +12,21 @@ use devices::{
     Bus, BusError,
     cmos::Cmos,
     i8042::I8042,
-    ioapic::{InterruptRoutes, Ioapic, Msi, PINS},
-    pci::{ConfigPorts, Ecam, HostBridge, PciBus, PciError, Slot},
+    ioapic::Ioapic,
+    pci::{ConfigPorts, Ecam, HostBridge, PciBus, PciError, Slot, Window},
     post::PostPort,
     power::{AcpiPower, PowerRequest, PowerSwitch},
     serial::Serial,
 };
-use mshv_bindings::mshv_user_irq_entry;
-use mshv_ioctls::InterruptRequest;
-use tracing::warn;
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
+    config::VmConfig,
+    interrupts::{PinRoutes, Routes},
     layout,
     partition::{Partition, PartitionError},
+    peripherals::{self, PeripheralError, Plug},
 };
 
 /// Why a machine cannot be put together.
@@ -40,6 +41,9 @@ pub enum BoardError {
     /// The partition refuses an interrupt.
     #[error(transparent)]
     Partition(#[from] PartitionError),
+    /// A device on the PCI bus.
+    #[error(transparent)]
+    Peripheral(#[from] PeripheralError),
     /// The host has no more of something a device needs.
     #[error("cannot create the {device}")]
     Host {
@@ -54,18 +58,21 @@ pub enum BoardError {
 pub struct Board {
     ports: Bus,
     mmio: Bus,
-    ioapic: Arc<Ioapic<Routes>>,
+    ioapic: Arc<Ioapic<PinRoutes>>,
     serial: Option<Arc<Serial>>,
     power: Arc<Power>,
 }
 
 impl Board {
-    /// Puts the machine together; `console` is where the serial port prints, `None` for a machine without one.
+    /// Puts the machine that `config` describes together; `console` is where the serial port prints, `None` for a machine
+    /// without one.
     ///
     /// # Errors
     /// When the host or the partition has not what a device needs.
     pub fn new(
         partition: &Arc<Partition>,
+        config: &VmConfig,
+        memory: &GuestMemoryMmap,
         ram: &[layout::Range],
         console: Option<Box<dyn Write + Send>>,
     ) -> Result<Self, BoardError> {
@@ -75,21 +82,18 @@ impl Board {
             event: EventFd::new(EFD_NONBLOCK).map_err(event("power switch"))?,
         });
         let switch = || Arc::clone(&power) as Arc<dyn PowerSwitch>;
-        let routes = Routes {
-            partition: Arc::clone(partition),
-            table: Mutex::default(),
-        };
-        let ioapic = Arc::new(Ioapic::new(routes));
+        let routes = Arc::new(Routes::new(Arc::clone(partition)));
+        let ioapic = Arc::new(Ioapic::new(PinRoutes(Arc::clone(&routes))));
 
-        let mut pci = PciBus::default();
-        pci.insert(
-            Slot {
-                device: 0,
-                function: 0,
-            },
-            Arc::new(HostBridge),
-        )?;
-        let pci = Arc::new(pci);
+        let pci = Arc::new(PciBus::default());
+        pci.insert(Slot::device(0), Arc::new(HostBridge))?;
+        let plug = Plug::new(
+            Arc::clone(partition),
+            routes,
+            memory.clone(),
+            Arc::clone(&pci),
+        );
+        peripherals::plug_all(&plug, config)?;
 
         let mut mmio = Bus::new("mmio");
         mmio.insert(
@@ -103,6 +107,12 @@ impl Board {
             layout::ECAM_LENGTH,
             "ecam",
             Arc::new(Ecam::new(Arc::clone(&pci))),
+        )?;
+        mmio.insert(
+            layout::PCI_WINDOW_START,
+            layout::PCI_WINDOW_LENGTH,
+            "pci",
+            Arc::new(Window::new(Arc::clone(&pci), layout::PCI_WINDOW_START)),
         )?;
 
         let mut ports = Bus::new("port");
@@ -245,66 +255,6 @@ impl PowerSwitch for Power {
     }
 }
 
-/// The IOAPIC's interrupts on their way to the hypervisor: pins with an irqfd through the routing table, others by hypercall.
-struct Routes {
-    partition: Arc<Partition>,
-    table: Mutex<[Option<Msi>; PINS as usize]>,
-}
-
-impl InterruptRoutes for Routes {
-    fn set_route(&self, pin: u32, route: Option<Msi>) -> io::Result<()> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(entry) = table.get_mut(pin as usize) else {
-            return Ok(());
-        };
-        let before = std::mem::replace(entry, route);
-        let entries: Vec<_> = (0..)
-            .zip(table.iter())
-            .filter_map(|(gsi, route)| route.map(|msi| routing_entry(gsi, msi)))
-            .collect();
-        let result = self.partition.set_msi_routing(&entries);
-        if let Err(error) = &result {
-            warn!("interrupt pin {pin}: the hypervisor refuses the route: {error}");
-            table[pin as usize] = before;
-        }
-        result
-    }
-
-    fn assert(&self, msi: Msi, level: bool) {
-        if let Err(error) = self.partition.interrupt(&request(msi, level)) {
-            warn!(
-                "interrupt with vector {:#x} refused: {error}",
-                msi.data & 0xff
-            );
-        }
-    }
-}
-
-fn routing_entry(gsi: u32, msi: Msi) -> mshv_user_irq_entry {
-    mshv_user_irq_entry {
-        gsi,
-        // The two halves of the address.
-        #[expect(clippy::cast_possible_truncation)]
-        address_lo: msi.address as u32,
-        address_hi: (msi.address >> 32) as u32,
-        data: msi.data,
-    }
-}
-
-/// An MSI as the hypervisor's request: vector, delivery mode and destination stand in the same places on all processors.
-fn request(msi: Msi, level: bool) -> InterruptRequest {
-    const LOGICAL: u64 = 1 << 2;
-    const LEVEL_TRIGGERED: u32 = 1 << 15;
-    InterruptRequest {
-        interrupt_type: msi.data >> 8 & 7,
-        apic_id: msi.address >> 12 & 0xff,
-        vector: msi.data & 0xff,
-        level_triggered: level && msi.data & LEVEL_TRIGGERED != 0,
-        logical_destination_mode: msi.address & LOGICAL != 0,
-        long_mode: false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,33 +270,5 @@ mod tests {
         PowerSwitch::request(&power, PowerRequest::Reset);
         assert_eq!(Power::request(&power), Some(PowerRequest::PowerOff));
         assert_eq!(power.event().read().unwrap(), 1);
-    }
-
-    #[test]
-    fn an_msi_becomes_the_hypervisors_request() {
-        // Level-triggered, lowest priority, vector 0x31, logical destination 3.
-        let request = request(
-            Msi {
-                address: 0xfee0_300c,
-                data: 0xc131,
-            },
-            true,
-        );
-        assert_eq!(
-            (request.interrupt_type, request.apic_id, request.vector),
-            (1, 3, 0x31)
-        );
-        assert!(request.level_triggered && request.logical_destination_mode);
-        let entry = routing_entry(
-            4,
-            Msi {
-                address: 0xfee0_1000,
-                data: 0x24,
-            },
-        );
-        assert_eq!(
-            (entry.gsi, entry.address_lo, entry.address_hi, entry.data),
-            (4, 0xfee0_1000, 0, 0x24)
-        );
     }
 }

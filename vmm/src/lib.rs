@@ -7,8 +7,8 @@
 //! ```
 //!
 //! [`control::run`] is the whole life of a machine and the place to start reading. [`config`] is what it is made of, [`layout`]
-//! where everything lies, [`boot`] how a kernel gets going, [`board`] which devices there are, and [`partition`] every
-//! request made to the hypervisor.
+//! where everything lies, [`boot`] how a kernel gets going, [`board`] which devices every machine has, [`peripherals`] which
+//! the configuration adds, and [`partition`] every request made to the hypervisor.
 
 pub mod acpi;
 pub mod board;
@@ -17,9 +17,11 @@ pub mod config;
 pub mod console;
 pub mod control;
 mod hole;
+mod interrupts;
 pub mod layout;
 pub mod memory;
 pub mod partition;
+pub mod peripherals;
 pub mod report;
 pub mod scheduling;
 pub mod signals;

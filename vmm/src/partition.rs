@@ -20,7 +20,8 @@ use mshv_bindings::{
     hv_unimplemented_msr_action_HV_UNIMPLEMENTED_MSR_ACTION_IGNORE_WRITE_READ_ZERO as READ_ZERO,
     mshv_create_partition_v2, mshv_user_irq_entry, mshv_user_irq_table, mshv_user_mem_region,
 };
-use mshv_ioctls::{InterruptRequest, Mshv, MshvError, VmFd};
+use mshv_ioctls::{InterruptRequest, IoEventAddress, Mshv, MshvError, NoDatamatch, VmFd};
+use tracing::warn;
 use vcpu::{Vp, VpError};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -348,6 +349,34 @@ impl Partition {
                 what: "registering an irqfd",
                 source,
             })
+    }
+
+    /// Takes [`Partition::register_irqfd`] back.
+    pub fn unregister_irqfd(&self, event: &EventFd, gsi: u32) {
+        self.ioctls.add("irqfd", 1);
+        if let Err(error) = self.fd.unregister_irqfd(event, gsi) {
+            warn!("irqfd for interrupt {gsi} does not go: {error}");
+        }
+    }
+
+    /// Makes a write of any length to `address` an event, in place of an exit.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn register_ioeventfd(&self, event: &EventFd, address: u64) -> io::Result<()> {
+        self.ioctls.add("ioeventfd", 1);
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(io::Error::from)
+    }
+
+    /// Takes [`Partition::register_ioeventfd`] back.
+    pub fn unregister_ioeventfd(&self, event: &EventFd, address: u64) {
+        self.ioctls.add("ioeventfd", 1);
+        let address = IoEventAddress::Mmio(address);
+        if let Err(error) = self.fd.unregister_ioevent(event, &address, NoDatamatch) {
+            warn!("ioeventfd at {address:?} does not go: {error}");
+        }
     }
 
     /// Replaces the table that says which MSI a GSI raises.

@@ -212,7 +212,7 @@ impl Vm {
                 what: "the console's output",
                 source,
             })?;
-            let board = Arc::new(Board::new(&partition, &ram, sink)?);
+            let board = Arc::new(Board::new(&partition, config, &memory, &ram, sink)?);
             let vps: Vec<Vp> = (0..config.cpus.boot_vcpus)
                 .map(|index| partition.create_vp(index))
                 .collect::<Result<_, _>>()?;

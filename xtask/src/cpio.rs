@@ -5,7 +5,9 @@
 //! Documentation/driver-api/early-userspace/buffer-format.rst.)
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 const DIRECTORY: u32 = 0o040_755;
 const SYMLINK: u32 = 0o120_777;
@@ -63,6 +65,18 @@ impl<W: Write> Archive<W> {
         let path = path.trim_matches('/');
         self.parents(path)?;
         self.entry(path, CHARACTER_DEVICE, (major, minor), &[])
+    }
+
+    /// Adds kernel modules, and `lib/modules/order`, which names them in the order given.
+    pub(crate) fn modules(&mut self, modules: &[PathBuf]) -> io::Result<()> {
+        let mut order = String::new();
+        for module in modules {
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            self.file(&format!("lib/modules/{name}"), 0o644, &fs::read(module)?)?;
+            order.push_str(&name);
+            order.push('\n');
+        }
+        self.file("lib/modules/order", 0o644, order.as_bytes())
     }
 
     /// Ends the archive and hands back the writer.

@@ -30,6 +30,12 @@ esac
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /tmp
+# In the initramfs with drivers for devices.
+if [ -e /lib/modules/order ]; then
+    while read -r module; do
+        insmod "/lib/modules/$module" || echo "guest: module $module does not load"
+    done </lib/modules/order
+fi
 mount -t devpts devpts /dev/pts
 hostname guest
 export HOME=/ PS1='guest# '

@@ -5,9 +5,10 @@
 //! | `vmlinuz-cloud`, `vmlinuz-amd64` | Debian's bzImages |
 //! | `vmlinux-cloud`, `vmlinux-amd64` | the ELF images inside them, with a PVH entry point |
 //! | `initramfs.cpio` | busybox and an init that reports and then obeys `rota.then=` |
+//! | `initramfs-devices.cpio` | the same, with the cloud kernel's virtio drivers, loaded before the shell |
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::apt;
 use crate::cpio::Archive;
@@ -18,21 +19,47 @@ use crate::workspace::Workspace;
 /// What a guest's init prints first.
 pub(crate) const MARKER: &str = "ROTA-GUEST-INIT";
 
+/// The drivers in `initramfs-devices.cpio`.
+pub(crate) const DRIVERS: &[&str] = &[
+    "virtio-pci",
+    "virtio-rng",
+    "virtio-blk",
+    "virtio-net",
+    "virtio-console",
+    "virtio-balloon",
+    "virtio-mem",
+    "virtio-pmem",
+    "nd-pmem",
+    "vmw-vsock-virtio-transport",
+    "virtiofs",
+    "pvpanic-pci",
+];
+
 /// Makes the guest images if they are not there or older than what they are made of.
 pub(crate) fn prepare(workspace: &Workspace) -> Result<()> {
     let folder = workspace.lab().join("guest");
     fs::create_dir_all(&folder).context(|| format!("cannot create {}", folder.display()))?;
+    let mut drivers = Vec::new();
     for (flavour, name) in [(Flavour::Cloud, "cloud"), (Flavour::Amd64, "amd64")] {
         let kernel = Kernel::debian(workspace, flavour, crate::lab::modules_of(flavour))?;
         link(&kernel.bzimage, &folder.join(format!("vmlinuz-{name}")))?;
         link(&kernel.elf, &folder.join(format!("vmlinux-{name}")))?;
+        if flavour == Flavour::Cloud {
+            drivers = kernel.modules;
+        }
     }
-    let wanted = initramfs().context(|| "cannot make the guests' initramfs")?;
-    let file = folder.join("initramfs.cpio");
+    write(&folder, "initramfs.cpio", &[])?;
+    write(&folder, "initramfs-devices.cpio", &drivers)
+}
+
+/// Writes the initramfs `name` with these modules, if it is not there already.
+fn write(folder: &Path, name: &str, modules: &[PathBuf]) -> Result<()> {
+    let wanted = initramfs(modules).context(|| format!("cannot make {name}"))?;
+    let file = folder.join(name);
     if fs::read(&file).is_ok_and(|existing| existing == wanted) {
         return Ok(());
     }
-    let work = folder.join(format!("initramfs.{}", std::process::id()));
+    let work = folder.join(format!("{name}.{}", std::process::id()));
     fs::write(&work, wanted)
         .and_then(|()| fs::rename(&work, &file))
         .context(|| format!("cannot write {}", file.display()))
@@ -50,7 +77,7 @@ fn link(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// The initramfs: not compressed, because a guest in the lab unpacks slower than it reads.
-fn initramfs() -> Result<Vec<u8>> {
+fn initramfs(modules: &[PathBuf]) -> Result<Vec<u8>> {
     let busybox = apt::find("busybox")
         .ok_or_else(|| Error::new("busybox is missing (Debian package busybox-static)"))?;
     let busybox = fs::read(&busybox).context(|| format!("cannot read {}", busybox.display()))?;
@@ -62,6 +89,9 @@ fn initramfs() -> Result<Vec<u8>> {
         archive.character_device("dev/console", 5, 1)?;
         archive.file("init", 0o755, include_bytes!("init.sh"))?;
         archive.file("bin/busybox", 0o755, &busybox)?;
+        if !modules.is_empty() {
+            archive.modules(modules)?;
+        }
         archive.finish()
     };
     fill().context(|| "cannot write the archive")

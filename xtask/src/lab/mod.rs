@@ -41,7 +41,7 @@ const TOOLS: &[Tool] = &[
 pub(crate) fn modules_of(flavour: Flavour) -> &'static [&'static str] {
     match flavour {
         Flavour::Amd64 => root::MODULES,
-        Flavour::Cloud => &[],
+        Flavour::Cloud => guest::DRIVERS,
     }
 }
 

@@ -97,13 +97,7 @@ impl Root<'_> {
         archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost lab\n")?;
         archive.symlink("guest", "target/lab/guest")?;
 
-        let mut order = String::new();
-        for module in &self.kernel.modules {
-            let name = module.file_name().unwrap_or_default().to_string_lossy();
-            archive.file(&format!("lib/modules/{name}"), 0o644, &fs::read(module)?)?;
-            let _ = writeln!(order, "{name}");
-        }
-        archive.file("lib/modules/order", 0o644, order.as_bytes())?;
+        archive.modules(&self.kernel.modules)?;
 
         archive.file("lab/command", 0o644, self.script().as_bytes())?;
         if let Some(settings) = &self.terminal {
