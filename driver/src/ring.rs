@@ -52,7 +52,9 @@ impl Ring {
         (DESCRIPTOR * size + (6 + 2 * size) + 4 + (6 + 8 * size) + 16).next_multiple_of(4096)
     }
 
-    pub(crate) fn new(
+    /// Queue `index` of `size` entries, laid out from guest physical address `base` on, in [`Ring::footprint`] bytes.
+    #[must_use]
+    pub fn new(
         index: u16,
         size: u16,
         base: u64,
