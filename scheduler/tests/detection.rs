@@ -29,7 +29,7 @@ fn inside(name: &str, options: &[&str]) -> bool {
         "/dev/kvm".into(),
     ];
     if let Some(missing) = needed.iter().find(|path| !path.exists()) {
-        eprintln!("SKIP {name}: there is no {}", missing.display());
+        rota_tests::requires::print_skip(name, &format!("there is no {}", missing.display()));
         return false;
     }
     let output = Command::new(softmshv)

@@ -385,7 +385,7 @@ mod tests {
 
     fn interrupts() -> Option<Interrupts> {
         let Ok(kvm) = kvm_ioctls::Kvm::new() else {
-            eprintln!("skipped: no usable /dev/kvm");
+            rota_tests::requires::skip("no usable /dev/kvm");
             return None;
         };
         let vm = kvm.create_vm().unwrap();

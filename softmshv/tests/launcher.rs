@@ -44,7 +44,7 @@ fn has_kvm() -> bool {
         .open("/dev/kvm")
         .is_ok();
     if !usable {
-        eprintln!("skipped: no usable /dev/kvm");
+        rota_tests::requires::skip("no usable /dev/kvm");
     }
     usable
 }

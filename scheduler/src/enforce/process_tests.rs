@@ -119,7 +119,7 @@ fn groups_of_children() -> Vec<PathBuf> {
 #[test]
 fn a_killed_vm_leaves_groups_that_the_next_one_removes() {
     if places_here().directories().is_empty() {
-        println!("skipped: no control groups can be made here");
+        rota_tests::requires::skip("no control groups can be made here");
         return;
     }
     let mut first = start("exclusive", |_| ());
@@ -139,7 +139,7 @@ fn a_killed_vm_leaves_groups_that_the_next_one_removes() {
 #[test]
 fn helper_threads_are_where_the_process_is_told_to_be_and_come_back() {
     let Some(place) = places_here().cpu else {
-        println!("skipped: no control groups can be made here");
+        rota_tests::requires::skip("no control groups can be made here");
         return;
     };
     let process = start("weight", |_| ());
@@ -163,7 +163,7 @@ fn helper_threads_are_where_the_process_is_told_to_be_and_come_back() {
 fn without_privileges_it_is_threads_that_are_told() {
     const NOBODY: u32 = 65534;
     if !sys::is_root() {
-        println!("skipped: only root can become somebody else");
+        rota_tests::requires::skip("only root can become somebody else");
         return;
     }
     let binary = env::current_exe().unwrap();
@@ -237,7 +237,7 @@ mod version_2 {
             let root = Path::new("/sys/fs/cgroup");
             let controllers = fs::read_to_string(root.join("cgroup.controllers"));
             if !sys::is_root() || !controllers.unwrap_or_default().contains("cpuset") {
-                println!("skipped: no control groups of version 2 with controllers here");
+                rota_tests::requires::skip("no control groups of version 2 with controllers here");
                 return None;
             }
             for controller in ["+cpu", "+cpuset"] {
@@ -444,7 +444,7 @@ mod version_2 {
         let other: crate::CpuSet = all.parse().unwrap();
         let other = &other - &has.parse().unwrap();
         if other.is_empty() {
-            println!("skipped: two CPUs are needed");
+            rota_tests::requires::skip("two CPUs are needed");
             return;
         }
         fs::write(domain.0.join("cpuset.cpus"), other.to_string()).unwrap();

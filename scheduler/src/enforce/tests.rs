@@ -192,7 +192,7 @@ fn version_1() -> Option<[PathBuf; 2]> {
             Some([cpu.path.clone(), cpuset.path.clone()])
         }
         _ => {
-            println!("skipped: no control groups of version 1 can be made here");
+            rota_tests::requires::skip("no control groups of version 1 can be made here");
             None
         }
     }
@@ -546,7 +546,7 @@ fn real_time_vcpus_beside_their_helpers_run_before_others() {
     );
     plan.helpers.subtract(&plan.vcpus[0].cpus);
     if plan.helpers.is_empty() || !sys::is_root() {
-        println!("skipped: two CPUs are needed, and root");
+        rota_tests::requires::skip("two CPUs are needed, and root");
         return;
     }
     let enforcer = Enforcer::prepare(&host(), &plan, &options()).unwrap();
@@ -569,7 +569,7 @@ fn a_vcpu_does_not_inherit_the_slice_of_the_helper_that_started_it() {
     let usual = sys::attributes(me).unwrap().runtime_ns;
     enforcer.adopt(ThreadRole::Helper, me).unwrap();
     if sys::attributes(me).unwrap().runtime_ns != 100_000 {
-        println!("skipped: this kernel has no custom slices");
+        rota_tests::requires::skip("this kernel has no custom slices");
         return;
     }
     let body = Body::start(false);

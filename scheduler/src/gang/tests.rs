@@ -160,7 +160,7 @@ fn lever_of(enforcer: &Enforcer<'_>) -> Option<Outcome> {
 fn enough_cpus() -> bool {
     let enough = thread::available_parallelism().is_ok_and(|cpus| cpus.get() >= 2);
     if !enough {
-        println!("skipped: two CPUs are needed");
+        rota_tests::requires::skip("two CPUs are needed");
     }
     enough
 }
@@ -221,7 +221,7 @@ fn gangs_take_turns_and_each_gets_its_half() {
 #[test]
 fn without_groups_turns_are_taken_by_threads() {
     if !sys::is_root() {
-        println!("skipped: to leave SCHED_IDLE takes a privilege");
+        rota_tests::requires::skip("to leave SCHED_IDLE takes a privilege");
         return;
     }
     let scratch = Scratch::new("threads");
@@ -279,7 +279,7 @@ fn a_weight_survives_being_held_back() {
     let _scratch = Scratch::new("heavy");
     let enforcer = enforcer(&plan);
     if lever_of(&enforcer) != Some(Outcome::Enforced) {
-        println!("skipped: cpu.idle cannot be used here");
+        rota_tests::requires::skip("cpu.idle cannot be used here");
         return;
     }
     let shared = enforcer.shared();
@@ -307,7 +307,7 @@ fn a_rotator_that_hangs_ends_the_turns_for_everybody() {
     let plans = [vm("hang-a", 2, gang(20)), vm("hang-b", 2, gang(20))];
     let enforcers = plans.each_ref().map(enforcer);
     if lever_of(&enforcers[0]) != Some(Outcome::Enforced) {
-        println!("skipped: cpu.idle cannot be used here");
+        rota_tests::requires::skip("cpu.idle cannot be used here");
         return;
     }
     let claims = plans.each_ref().map(|plan| claim(&ledger, plan));

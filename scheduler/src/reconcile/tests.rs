@@ -29,7 +29,7 @@ fn two_cpus() -> Option<[u32; 2]> {
     if let [first, second, ..] = cpus[..] {
         return Some([first, second]);
     }
-    println!("skipped: two CPUs are needed");
+    rota_tests::requires::skip("two CPUs are needed");
     None
 }
 
@@ -164,7 +164,7 @@ fn looking_after_64_threads_costs_next_to_nothing() {
         .into_iter()
         .find(|tid| !known.contains(tid) && name_of(*tid) == "reconcile");
     let Some(own) = own else {
-        println!("skipped: other tests' threads are in the way");
+        rota_tests::requires::skip("other tests' threads are in the way");
         return;
     };
     let before = run_ns(own);
@@ -244,7 +244,7 @@ impl Cpuset {
         let root = Path::new("/sys/fs/cgroup/cpuset");
         let path = root.join(format!("rota-test-{name}-{}", std::process::id()));
         if fs::create_dir(&path).is_err() {
-            println!("skipped: no cpusets of version 1 can be made here");
+            rota_tests::requires::skip("no cpusets of version 1 can be made here");
             return None;
         }
         let cpuset = Self(path);
@@ -377,7 +377,9 @@ fn a_dedicated_cpu_that_goes_offline_is_told() {
     // On a machine others use too, this is not ours to do.
     let switch = PathBuf::from(format!("/sys/devices/system/cpu/cpu{second}/online"));
     if env::var_os("ROTA_TEST_OFFLINE").is_none() || !switch.exists() {
-        println!("skipped: ROTA_TEST_OFFLINE is not set, or CPU {second} cannot go offline");
+        rota_tests::requires::skip(
+            "ROTA_TEST_OFFLINE is not set, or the second CPU cannot go offline",
+        );
         return;
     }
     let plan = {

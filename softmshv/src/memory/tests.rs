@@ -43,7 +43,7 @@ impl Drop for Pages {
 
 fn memory(background: bool) -> Option<Memory> {
     let Ok(kvm) = kvm_ioctls::Kvm::new() else {
-        eprintln!("skipped: no usable /dev/kvm");
+        rota_tests::requires::skip("no usable /dev/kvm");
         return None;
     };
     Some(Memory::new(

@@ -94,7 +94,7 @@ mod tests {
     #[test]
     fn the_probe_comes_to_an_answer() {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+            rota_tests::requires::skip("no usable /dev/kvm");
             return;
         };
         let answer = probe(&kvm).unwrap();

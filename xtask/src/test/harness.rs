@@ -4,9 +4,9 @@
 //! `SKIP <name>: <reason>` on standard error and passes; it counts as skipped here.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -128,6 +128,35 @@ pub(crate) fn run(mut command: Command, limit: Duration) -> Result<Outcome> {
     })
 }
 
+/// Runs a command that runs test programs to its end and hands each line it prints to `each`; returns all of them, and how it
+/// ended. Both streams are read: that a test could not run is said on standard error.
+pub(crate) fn follow(
+    mut command: Command,
+    mut each: impl FnMut(&str),
+) -> Result<(String, ExitStatus)> {
+    let shown = command.get_program().to_string_lossy().into_owned();
+    let (reader, writer) = io::pipe().context(|| "cannot make a pipe")?;
+    let errors = writer.try_clone().context(|| "cannot make a pipe")?;
+    let child = command.stdout(writer).stderr(errors).spawn();
+    // As in `run`.
+    drop(command);
+    let mut child = child.context(|| format!("cannot run {shown}"))?;
+    let mut output = String::new();
+    for line in BufReader::new(reader)
+        .split(b'\n')
+        .map_while(io::Result::ok)
+    {
+        let line = String::from_utf8_lossy(&line);
+        each(&line);
+        output.push_str(&line);
+        output.push('\n');
+    }
+    let status = child
+        .wait()
+        .context(|| format!("cannot wait for {shown}"))?;
+    Ok((output, status))
+}
+
 /// What comes out of a pipe.
 struct Collected {
     bytes: Arc<Mutex<Vec<u8>>>,
@@ -243,6 +272,21 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
             }
         );
         assert_eq!(reasons["64-bit code does not run here"], 1);
+    }
+
+    #[test]
+    fn a_skip_is_read_from_standard_error() {
+        let script = "printf '..'; echo 'SKIP gang::two: two CPUs are needed' >&2; echo; \
+                      echo 'test result: ok. 2 passed; 0 failed; 0 ignored'";
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        let mut lines = 0;
+        let (output, status) = follow(command, |_| lines += 1).unwrap();
+        assert!(status.success());
+        assert_eq!(lines, 3, "{output}");
+        let (counts, reasons) = read(&output);
+        assert_eq!((counts.passed, counts.skipped), (1, 1), "{output}");
+        assert_eq!(reasons["two CPUs are needed"], 1);
     }
 
     #[test]

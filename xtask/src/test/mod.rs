@@ -13,7 +13,7 @@ mod licences;
 mod lint;
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -145,30 +145,17 @@ const UNIT: &[&str] = &[
 
 fn unit(workspace: &Workspace, filter: Option<&str>) -> Result<Counts> {
     let mut command = workspace.cargo();
-    command
-        .args(UNIT)
-        .arg("--quiet")
-        .args(filter)
-        .stdout(Stdio::piped());
-    let mut child = command.spawn().context(|| "cannot start cargo")?;
-    let output = child
-        .stdout
-        .take()
-        .ok_or_else(|| Error::new("no pipe from cargo"))?;
-    let mut text = String::new();
+    command.args(UNIT).arg("--quiet").args(filter);
     let terminal = io::stdout().is_terminal();
-    for line in BufReader::new(output).lines().map_while(io::Result::ok) {
+    let (text, status) = harness::follow(command, |line| {
         if terminal && line.starts_with("test result") {
             print!(".");
             let _ = io::stdout().flush();
         }
-        text.push_str(&line);
-        text.push('\n');
-    }
+    })?;
     if terminal {
         println!();
     }
-    let status = child.wait().context(|| "cannot wait for cargo")?;
     let (mut counts, reasons) = harness::read(&text);
     for (reason, count) in reasons {
         println!("  skipped {count}: {reason}");

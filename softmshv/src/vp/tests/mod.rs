@@ -54,7 +54,7 @@ impl Drop for Guest {
 /// A guest about to run `code`; `None` (and a line that says so) where there is no KVM.
 fn boot(code: &[u8]) -> Option<Guest> {
     let Ok(kvm) = Kvm::new() else {
-        eprintln!("skipped: no /dev/kvm");
+        rota_tests::requires::skip("no usable /dev/kvm");
         return None;
     };
     let vm = Arc::new(kvm.create_vm().unwrap());
@@ -220,7 +220,7 @@ fn ends_with_out(guest: &Guest, rip: u64) {
 /// A guest in long mode, all of the first 512 GiB mapped one to one. `None` where KVM runs real mode only.
 fn boot_long(code: &[u8]) -> Option<Guest> {
     if !precise() {
-        eprintln!("skipped: without hardware virtualization KVM runs real mode only");
+        rota_tests::requires::skip("without hardware virtualization KVM runs real mode only");
         return None;
     }
     let guest = boot(code)?;

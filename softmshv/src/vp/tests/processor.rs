@@ -123,6 +123,6 @@ fn a_triple_fault_is_unrecoverable() {
     if kind(&message) != hv::hv_message_type_HVMSG_UNRECOVERABLE_EXCEPTION {
         // KVM's software real mode ignores the limit of the interrupt table.
         assert!(!precise(), "message {:#x}", kind(&message));
-        eprintln!("skipped: this KVM has no triple faults in real mode");
+        rota_tests::requires::skip("this KVM has no triple faults in real mode");
     }
 }

@@ -149,7 +149,7 @@ fn a_synic_page_is_the_guests_memory_while_it_is_on() {
         ..Default::default()
     };
     if vp.set_registers(&[assoc]).0 != HvStatus::SUCCESS {
-        eprintln!("skipped: this KVM is built without Hyper-V");
+        rota_tests::requires::skip("this KVM is built without Hyper-V");
         return;
     }
     guest.partition.memory.write(0x5000, b"message").unwrap();
