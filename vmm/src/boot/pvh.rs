@@ -1,8 +1,9 @@
 //! The PVH boot protocol: an ELF image, `hvm_start_info`, and a memory map.
 
-use std::fs::File;
+use std::{fs::File, os::unix::fs::FileExt};
 
 use linux_loader::{
+    elf::{Elf64_Ehdr, Elf64_Phdr, PT_LOAD},
     loader::{Elf, KernelLoader, PvhBootCapability},
     start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
 };
@@ -44,6 +45,16 @@ pub(super) fn load(
     machine: &Machine,
 ) -> Result<Start, BootError> {
     let path = payload.kernel.as_path();
+    // Before anything is loaded: the loader cannot tell an image that does not fit from one that is damaged.
+    let kernel_end = end_of_segments(file);
+    if kernel_end > machine.low_ram_end {
+        let (needed, available) = (kernel_end, machine.low_ram_end);
+        return Err(BootError::KernelTooLarge {
+            path: path.to_owned(),
+            needed,
+            available,
+        });
+    }
     let loaded = Elf::load(memory, None, file, None).map_err(|source| BootError::Loader {
         path: path.to_owned(),
         source,
@@ -55,20 +66,12 @@ pub(super) fn load(
             reason,
         });
     };
-    if loaded.kernel_end > machine.low_ram_end {
-        let (needed, available) = (loaded.kernel_end, machine.low_ram_end);
-        return Err(BootError::KernelTooLarge {
-            path: path.to_owned(),
-            needed,
-            available,
-        });
-    }
     write_cmdline(
         memory,
         payload.cmdline.as_deref().unwrap_or_default(),
         CMDLINE_MAX,
     )?;
-    let floor = loaded.kernel_end.next_multiple_of(PAGE_SIZE);
+    let floor = kernel_end.next_multiple_of(PAGE_SIZE);
     let initramfs = load_initramfs(
         memory,
         payload.initramfs.as_deref(),
@@ -116,4 +119,27 @@ pub(super) fn load(
         entry: entry.0,
         start_info: PVH_START_INFO,
     })
+}
+
+/// First address behind all of the image's segments in memory, also those without a byte in the file. An image that ends
+/// before its headers do is the loader's to refuse.
+fn end_of_segments(file: &File) -> u64 {
+    let mut header = Elf64_Ehdr::default();
+    if file.read_exact_at(header.as_mut_slice(), 0).is_err() {
+        return 0;
+    }
+    let mut end = 0;
+    for index in 0..u64::from(header.e_phnum) {
+        let mut segment = Elf64_Phdr::default();
+        let at = header
+            .e_phoff
+            .saturating_add(index * size_of::<Elf64_Phdr>() as u64);
+        if file.read_exact_at(segment.as_mut_slice(), at).is_err() {
+            return end;
+        }
+        if segment.p_type == PT_LOAD {
+            end = end.max(segment.p_paddr.saturating_add(segment.p_memsz));
+        }
+    }
+    end
 }

@@ -293,3 +293,161 @@ fn an_elf_image_without_pvh_entry_or_cut_short_is_refused() {
     assert!(refusal(&elf(false)).contains("PVH"));
     assert!(refusal(&elf(true)[..0x180]).contains("corrupt or truncated"));
 }
+
+#[test]
+fn an_elf_image_larger_than_the_memory_says_what_it_needs() {
+    let memory_size = |size: u64| {
+        let mut image = elf(true);
+        image[64 + 40..64 + 48].copy_from_slice(&size.to_le_bytes());
+        image
+    };
+    let error = refusal(&memory_size(RAM - PREFERRED + 1));
+    assert!(error.contains("needs RAM up to 0x8000001"), "{error}");
+    assert!(error.contains("more memory"), "{error}");
+    assert!(refusal(&memory_size(u64::MAX)).contains("more memory"));
+    let fits = Scratch::new(&memory_size(RAM - PREFERRED));
+    assert!(load(&memory(), &payload(&fits, "", None), &machine()).is_ok());
+}
+
+/// A segment of zeros takes memory and no byte of the file: nothing may be put there.
+#[test]
+fn an_initramfs_stays_clear_of_a_segment_without_contents() {
+    let mut image = elf(true);
+    image[56] = 3;
+    let at = 64 + 2 * 56;
+    image[at..at + 4].copy_from_slice(&1u32.to_le_bytes());
+    // All that there is up to the last page.
+    let size = RAM - PREFERRED - layout::PAGE_SIZE;
+    for (field, value) in [(24, PREFERRED), (40, size)] {
+        image[at + field..at + field + 8].copy_from_slice(&value.to_le_bytes());
+    }
+    let kernel = Scratch::new(&image);
+    for (length, fits) in [(4096, true), (4097, false)] {
+        let initramfs = Scratch::new(&vec![1; length]);
+        let result = load(
+            &memory(),
+            &payload(&kernel, "", Some(&initramfs)),
+            &machine(),
+        );
+        assert_eq!(result.is_ok(), fits, "{length}: {result:?}");
+    }
+}
+
+/// A bzImage whose payload is an ELF image in two LZ4 blocks, with relocations behind it: one 64-bit field.
+fn packed_bzimage() -> Vec<u8> {
+    const FIELD: u32 = 0x8100_0080;
+    let mut unpacked = elf(true);
+    unpacked[0x180..0x188].copy_from_slice(&0x1122_3344_5566_7788u64.to_le_bytes());
+    for word in [0, FIELD, 0] {
+        unpacked.extend_from_slice(&word.to_le_bytes());
+    }
+    let mut packed = 0x184c_2102u32.to_le_bytes().to_vec();
+    for block in [&unpacked[..0x1a0], &unpacked[0x1a0..]] {
+        let block = lz4_flex::block::compress(block);
+        packed.extend_from_slice(&u32::try_from(block.len()).unwrap().to_le_bytes());
+        packed.extend_from_slice(&block);
+    }
+    packed.extend_from_slice(&u32::try_from(unpacked.len()).unwrap().to_le_bytes());
+    let mut image = bzimage(|header| header.kernel_alignment = 2 << 20);
+    let mut header = setup_header::default();
+    header
+        .as_mut_slice()
+        .copy_from_slice(&image[0x1f1..0x1f1 + size_of::<setup_header>()]);
+    header.payload_offset = 0x100;
+    header.payload_length = u32::try_from(packed.len()).unwrap();
+    image[0x1f1..0x1f1 + size_of::<setup_header>()].copy_from_slice(header.as_slice());
+    image[0x500..0x500 + packed.len()].copy_from_slice(&packed);
+    image
+}
+
+#[test]
+fn a_packed_kernel_is_unpacked_to_its_place() {
+    let kernel = Scratch::new(&packed_bzimage());
+    for cmdline in ["nokaslr", ""] {
+        let memory = memory();
+        let start = load(&memory, &payload(&kernel, cmdline, None), &machine()).unwrap();
+        let Start::Linux64 {
+            entry, zero_page, ..
+        } = start
+        else {
+            panic!("{start:?}")
+        };
+        assert_eq!(entry, PREFERRED, "the ELF image's entry");
+        // The segment's first byte is the file's at 0x100; the relocated field lies at 0x180.
+        let field: u64 = memory.read_obj(GuestAddress(PREFERRED + 0x80)).unwrap();
+        let params: boot_params = memory.read_obj(GuestAddress(zero_page)).unwrap();
+        let moved = field.wrapping_sub(0x1122_3344_5566_7788);
+        let randomized = params.hdr.loadflags & 2 != 0;
+        assert_eq!(randomized, cmdline.is_empty());
+        assert!(
+            moved.is_multiple_of(2 << 20) && moved < 1 << 30,
+            "{moved:#x}"
+        );
+        assert!(randomized || moved == 0);
+    }
+}
+
+#[test]
+fn a_damaged_payload_is_named() {
+    let damaged = |change: fn(&mut Vec<u8>)| {
+        let mut image = packed_bzimage();
+        change(&mut image);
+        refusal(&image)
+    };
+    let length = 0x1f1 + std::mem::offset_of!(setup_header, payload_length);
+    assert_eq!(length, 0x24c, "as the boot protocol says");
+    // A block as long as this would be made room for, were it not for the file's length.
+    assert!(
+        damaged(|image| {
+            image[0x24c..0x250].copy_from_slice(&0xf000_0000u32.to_le_bytes());
+            image[0x504..0x508].copy_from_slice(&0xe000_0000u32.to_le_bytes());
+        })
+        .contains("its payload ends behind the file")
+    );
+    assert!(
+        damaged(|image| image[0x504..0x508].copy_from_slice(&0x1000u32.to_le_bytes()))
+            .contains("longer than the payload")
+    );
+    assert!(damaged(|image| image[0x508..0x540].fill(0xff)).contains("damaged LZ4"));
+}
+
+/// Whatever is wrong with a kernel, the answer is a guest that may fail or one line, and never a panic.
+#[test]
+fn no_damage_makes_the_loader_panic() {
+    let memory = memory();
+    let mut state = 0x2545_f491_4f6c_dd1du64;
+    let mut random = |limit: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 16) as usize % limit
+    };
+    let (mut loaded, mut refused) = (0, 0);
+    for round in 0..3000 {
+        // Where the headers are, and the packed payload with its own.
+        let (mut image, span) = match round % 3 {
+            0 => (elf(true), 0..0x1d8),
+            1 => (packed_bzimage(), 0x1f1..0x270),
+            _ => (packed_bzimage(), 0x500..0x700),
+        };
+        for _ in 0..=random(3) {
+            let at = span.start + random(span.len());
+            let odd = [0, 1, 0x7f, 0x80, 0xfe, 0xff, random(256) as u8];
+            let length = [1, 1, 4, 8][random(4)].min(span.end - at);
+            let byte = odd[random(odd.len())];
+            image[at..at + length].fill(byte);
+        }
+        if random(8) == 0 {
+            image.truncate(random(image.len()));
+        }
+        let kernel = Scratch::new(&image);
+        match load(&memory, &payload(&kernel, "", None), &machine()) {
+            Ok(_) => loaded += 1,
+            Err(error) => {
+                assert!(!error.to_string().contains('\n'), "{error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(loaded > 100 && refused > 1000, "{loaded}, {refused}");
+}

@@ -71,6 +71,9 @@ pub(super) fn unpack(
         end: (offset + u64::from(header.payload_offset) + u64::from(header.payload_length))
             .saturating_sub(4),
     };
+    if payload.end > file.metadata().map_err(Reason::Read)?.len() {
+        return Err(Reason::Corrupt("its payload ends behind the file"));
+    }
     if payload.word()? != LZ4_MAGIC {
         return Err(Reason::Unfamiliar);
     }
@@ -156,7 +159,7 @@ impl Payload<'_> {
         if length > self.end.saturating_sub(self.position) {
             return Err(Reason::Corrupt("LZ4 block longer than the payload"));
         }
-        // Bounded by the payload, and that by the file, whose size has been checked.
+        // Bounded by the payload, which lies within the file.
         block.resize(usize::try_from(length).unwrap_or(0), 0);
         self.file
             .read_exact_at(block, self.position)
