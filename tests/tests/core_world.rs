@@ -257,10 +257,13 @@ in_core_world! {
             }
         });
         let vp = processors(1);
-        let before = shares(&vp, Duration::from_millis(200))[0];
+        // On a busy machine it takes a while until it does.
+        let mut looks = (0..25).map(|_| shares(&vp, Duration::from_millis(200))[0]);
+        let before = looks.find(|(run, waits)| run + waits > 0.7);
+        assert!(before.is_some(), "it does not run");
         set(&guest, CAP, WHOLE / 10);
         let after = shares(&vp, LOOKED_AT)[0];
-        assert!(before.0 + before.1 > 0.7 && after.0 < 0.15, "{before:?}, then {after:?}");
+        assert!(after.0 < 0.15, "{before:?}, then {after:?}");
         let stop = Spinning { thread: Some(runner), end };
         drop(stop);
     }
