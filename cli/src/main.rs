@@ -1,12 +1,14 @@
 //! The `rota` command.
 
+mod colour;
 mod doctor;
+mod generate;
 mod plan;
 mod run;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, error::ErrorKind};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 /// The status for an error.
 const FAILURE: u8 = 1;
@@ -37,6 +39,10 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Show where a machine's vCPUs would run, and why, without starting it
     Plan(plan::Plan),
+    /// Print a completion script for a shell
+    Completions(generate::Completions),
+    /// Write the man pages of all commands
+    Man(generate::Man),
 }
 
 fn main() -> ExitCode {
@@ -48,12 +54,15 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_max_level(tracing::Level::WARN)
         .with_target(false)
+        .with_ansi(colour::wanted(&std::io::stderr()))
         .without_time()
         .init();
     match cli.command {
         Command::Run(run) => ExitCode::from(run.run()),
         Command::Doctor(doctor) => ExitCode::from(doctor.run()),
         Command::Plan(plan) => ExitCode::from(plan.run()),
+        Command::Completions(completions) => ExitCode::from(completions.run(Cli::command())),
+        Command::Man(man) => ExitCode::from(man.run(Cli::command())),
     }
 }
 

@@ -4,7 +4,7 @@ mod table;
 
 use std::{
     fs::File,
-    io::{self, IsTerminal},
+    io,
     os::fd::AsFd,
     time::{Duration, Instant},
 };
@@ -13,7 +13,7 @@ use clap::Args;
 use scheduler::{BUDGET, Detection, Effect, Host, PartitionProperties, ProbePartition, SchedMode};
 use serde::Serialize;
 
-use crate::FAILURE;
+use crate::{FAILURE, colour};
 
 const DEVICE: &str = "/dev/mshv";
 
@@ -133,7 +133,7 @@ impl Doctor {
                 }
             }
         } else {
-            table::of(report, coloured())
+            table::of(report, colour::wanted(&io::stdout()))
         };
         // Nobody is left to tell that standard output is closed.
         let _ = io::Write::write_all(&mut io::stdout(), text.as_bytes());
@@ -157,11 +157,4 @@ fn problem(error: &io::Error) -> String {
         _ => return error.to_string(),
     };
     format!("{error}: {advice}")
-}
-
-/// Whether a person with a terminal that has colours reads this.
-fn coloured() -> bool {
-    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-    let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
-    io::stdout().is_terminal() && !set("NO_COLOR") && !dumb
 }
