@@ -44,6 +44,9 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// How often to start a machine that stops.
 const ATTEMPTS: u32 = 5;
 
+/// What QEMU gets to end by itself: one that hangs altogether would never.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// What the machine's kernel has to say.
 const CONSOLE_LOG: &str = "console.log";
 /// What QEMU itself has to say.
@@ -209,7 +212,15 @@ impl Qemu {
         // SIGTERM rather than SIGKILL: QEMU then gives the terminal back as it was.
         // SAFETY: the child has not been waited for, so the process id is still its own.
         unsafe { libc::kill(self.0.id().cast_signed(), libc::SIGTERM) };
-        let _ = self.0.wait();
+        let asked = Instant::now();
+        while matches!(self.0.try_wait(), Ok(None)) {
+            if asked.elapsed() > END_TIMEOUT {
+                let _ = self.0.kill();
+                let _ = self.0.wait();
+                return;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
@@ -336,4 +347,25 @@ fn last_lines(file: &Path, count: usize) -> String {
         .unwrap_or_default();
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_that_does_not_listen_is_ended_too() {
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            "trap '' TERM; echo ready; while :; do sleep 0.1; done",
+        ]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut ready = [0];
+        let mut output = child.stdout.take().unwrap();
+        output.read_exact(&mut ready).unwrap();
+        let mut machine = Qemu(child);
+        machine.end();
+        assert!(matches!(machine.0.try_wait(), Ok(Some(_))));
+    }
 }

@@ -276,13 +276,16 @@ fn in_lab(
         environment: vec![("ROTA_REQUIRE".into(), "all".into())],
         ..Lab::default()
     };
-    let status = lab.run(workspace, &command)?;
+    let ended = lab.run(workspace, &command);
     let file = workspace.lab().join("out").join(results);
     let mut counts: Counts = device::read_results(&file).into_values().sum();
     let _ = fs::remove_file(&file);
-    if status != 0 {
-        println!("  the lab tests did not come to an end (status {status})");
-        counts.failed += 1;
-    }
+    let problem = match ended {
+        Ok(0) => return Ok(counts),
+        Ok(status) => format!("status {status}"),
+        Err(error) => error.to_string(),
+    };
+    println!("  the lab tests did not come to an end: {problem}");
+    counts.failed += 1;
     Ok(counts)
 }
