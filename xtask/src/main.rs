@@ -91,6 +91,8 @@ enum Bench {
 enum Inside {
     Demo(inside::demo::Options),
     Bench(inside::bench::Options),
+    /// Keep the lab's kernel from rewriting its code
+    Steady,
     Tests(inside::tests::Options),
 }
 
@@ -146,6 +148,9 @@ fn main() -> ExitCode {
         Action::Inside {
             what: Inside::Bench(options),
         } => inside::bench::run(&options),
+        Action::Inside {
+            what: Inside::Steady,
+        } => inside::steady::run(),
         Action::Inside {
             what: Inside::Tests(options),
         } => inside::tests::run(&options),

@@ -6,6 +6,7 @@ pub(crate) mod bench;
 pub(crate) mod demo;
 pub(crate) mod free_memory;
 mod memory;
+pub(crate) mod steady;
 pub(crate) mod tests;
 pub(crate) mod vm;
 

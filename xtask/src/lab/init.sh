@@ -51,6 +51,7 @@ echo up >&3
 while sleep 2; do echo alive >&3; done &
 share target /target ro,cache=loose
 share out /out rw,cache=none
+/lab/xtask inside steady || echo "lab: machines that come and go rewrite this kernel, which may stop it"
 
 if [ -e /lab/terminal ]; then
     # A login on the virtual console: the command is the leader of its session, so that ^C reaches it.

@@ -19,6 +19,7 @@ use std::time::Duration;
 use crate::apt::{self, Tool};
 use crate::error::{Context, Result};
 use crate::guest;
+use crate::inside;
 use crate::kernel::{Flavour, Kernel};
 use crate::workspace::{Profile, Workspace};
 
@@ -117,6 +118,7 @@ impl Lab {
             additions: &self.additions,
             environment: &self.environment,
             programs,
+            xtask: inside::executable(workspace).ok(),
             profile: self.profile.folder(),
             terminal: terminal.then(terminal_settings),
         }

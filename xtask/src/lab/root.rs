@@ -64,6 +64,8 @@ pub(super) struct Root<'a> {
     pub(super) environment: &'a [(String, String)],
     /// Programs below `/target` whose shared libraries are needed.
     pub(super) programs: Vec<PathBuf>,
+    /// This executable, as the lab sees it.
+    pub(super) xtask: Option<String>,
     /// The folder below `/target` with the built binaries.
     pub(super) profile: &'a str,
     /// Settings for the terminal (`stty`), if the command gets one.
@@ -100,6 +102,9 @@ impl Root<'_> {
         archive.modules(&self.kernel.modules)?;
 
         archive.file("lab/command", 0o644, self.script().as_bytes())?;
+        if let Some(xtask) = &self.xtask {
+            archive.symlink("lab/xtask", xtask)?;
+        }
         if let Some(settings) = &self.terminal {
             archive.file("lab/terminal", 0o644, settings.as_bytes())?;
         }

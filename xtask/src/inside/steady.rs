@@ -1,0 +1,60 @@
+//! A virtual machine that does nothing, for as long as the lab lives, so that KVM does not rewrite the lab's kernel.
+//!
+//! Linux has switches in its code (static keys): a jump or nothing, changed by rewriting instructions on running processors,
+//! with a breakpoint in their place meanwhile. KVM switches one in the scheduler when the first machine comes and when the
+//! last one goes, and another while a local APIC is off. QEMU 7.2, emulating several processors at once, sometimes keeps a
+//! translation of the breakpoint when it is gone. Linux takes such a breakpoint for one that was just removed and runs the
+//! instruction again, with interrupts off and for ever, on each processor that gets there. With one machine held, and its
+//! local APIC never on, nothing is switched any more.
+
+use std::ffi::{c_int, c_ulong};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use crate::error::{Context, Result};
+
+const KVM_CREATE_VM: c_ulong = 0xae01;
+const KVM_CREATE_VCPU: c_ulong = 0xae41;
+const KVM_CREATE_IRQCHIP: c_ulong = 0xae60;
+
+/// Makes the machine, says nothing, and returns in the caller only; a process in the background keeps it.
+pub(crate) fn run() -> Result<i32> {
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context(|| "cannot open /dev/kvm")?;
+    let _machine = machine(&kvm).context(|| "cannot make a virtual machine")?;
+    // SAFETY: this process has one thread.
+    if unsafe { libc::daemon(0, 0) } != 0 {
+        return Err(io::Error::last_os_error()).context(|| "cannot go to the background");
+    }
+    loop {
+        thread::sleep(Duration::MAX);
+    }
+}
+
+/// A machine with one processor, which has a local APIC.
+fn machine(kvm: &File) -> io::Result<[OwnedFd; 2]> {
+    let vm = descriptor(call(kvm, KVM_CREATE_VM)?);
+    call(&vm, KVM_CREATE_IRQCHIP)?;
+    let vcpu = descriptor(call(&vm, KVM_CREATE_VCPU)?);
+    Ok([vm, vcpu])
+}
+
+/// Makes a request whose argument is 0.
+fn call(on: &impl AsRawFd, request: c_ulong) -> io::Result<c_int> {
+    // SAFETY: these requests take a number and touch no memory of this process.
+    match unsafe { libc::ioctl(on.as_raw_fd(), request, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        result => Ok(result),
+    }
+}
+
+fn descriptor(number: c_int) -> OwnedFd {
+    // SAFETY: the kernel has just made it, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
