@@ -7,7 +7,7 @@ use crate::{
 
 /// Every kind of request: the control its effect carries, an example in short, and the policy that asks for it. Classes above
 /// the fair one ask for CPUs of their own, since a plan that starves the VM's other threads is refused.
-const REQUESTS: [(&str, &str, &str); 15] = [
+const REQUESTS: [(&str, &str, &str); 16] = [
     ("placement", "shared", "placement=shared"),
     ("placement", "dedicated", "placement=dedicated"),
     ("placement", "spread", "placement=spread"),
@@ -20,6 +20,7 @@ const REQUESTS: [(&str, &str, &str); 15] = [
     ("slice", "latency", "slice=latency"),
     ("rotate", "20ms", "rotate=20ms"),
     ("gang", "soft", "gang=soft"),
+    ("gang", "adaptive", "gang=adaptive"),
     (
         "deadline",
         "2ms/10ms",

@@ -196,14 +196,18 @@ fn rota(spec: &VmSpec, threads: &Threads, sched: &str, ledger: &Path) -> Result<
     let owner = Owner::current(&spec.name)?;
     let claim =
         Ledger::open(Some(ledger))?.claim(owner.clone(), |state| plan(&host, state, &[request]))?;
-    let enforcer = Enforcer::prepare(&host, claim.plan(), &EnforceOptions::new(owner))?;
-    for (vcpu, tid) in threads.tids().iter().enumerate() {
-        enforcer.adopt(ThreadRole::Vcpu(vcpu as u32), *tid)?;
-    }
     let barriers = spec
         .vcpus
         .iter()
         .any(|body| matches!(body, Body::Barrier { .. }));
+    let options = EnforceOptions {
+        guest_tells: barriers,
+        ..EnforceOptions::new(owner)
+    };
+    let enforcer = Enforcer::prepare(&host, claim.plan(), &options)?;
+    for (vcpu, tid) in threads.tids().iter().enumerate() {
+        enforcer.adopt(ThreadRole::Vcpu(vcpu as u32), *tid)?;
+    }
     let signal = threads
         .first_count()
         .filter(|_| barriers)

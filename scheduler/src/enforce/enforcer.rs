@@ -18,7 +18,7 @@ use super::{
     threads::{Before, ThreadControls},
 };
 use crate::{
-    CpuSet, Host, Owner, SchedMode, SmtIsolation, Tid, VmPlan,
+    CpuSet, Gang, Host, Owner, SchedMode, SmtIsolation, Tid, VmPlan,
     gang::lever::{Lever, LeverKind},
     sys,
 };
@@ -46,6 +46,8 @@ pub struct Options<'a> {
     pub whole_process: bool,
     /// Start even if something is rejected: the effects say what.
     pub best_effort: bool,
+    /// The rotator will be told how far the guest gets ([`crate::GangSignal`]), which is what adaptive gangs are judged by.
+    pub guest_tells: bool,
 }
 
 impl Options<'_> {
@@ -59,6 +61,7 @@ impl Options<'_> {
             bare: false,
             whole_process: true,
             best_effort: false,
+            guest_tells: false,
         }
     }
 }
@@ -242,6 +245,9 @@ impl<'a> Enforcer<'a> {
     ) -> Vec<Effect> {
         let (linux, mut effects) = Linux::prepare(host, plan, places, &options.owner);
         *lock(&self.shared.linux) = Some(linux);
+        if !options.guest_tells && matches!(plan.request.policy.gang, Gang::Adaptive { .. }) {
+            untold(&mut effects);
+        }
         if options.whole_process {
             // What the threads of this process start later is where they are.
             for tid in own_threads() {
@@ -575,6 +581,20 @@ fn name_of(role: ThreadRole) -> String {
     match role {
         ThreadRole::Vcpu(vcpu) => format!("vcpu{vcpu} cpus"),
         ThreadRole::Helper => "helpers".into(),
+    }
+}
+
+/// Turns that could be taken, for a gang of which nobody will know whether they help.
+fn untold(effects: &mut [Effect]) {
+    let gang = effects.iter_mut().filter(|effect| {
+        effect.control == "gang" && !matches!(effect.outcome, Outcome::Rejected { .. })
+    });
+    for effect in gang {
+        effect.outcome = Outcome::Advisory {
+            why: "nobody tells how far this guest gets, and so whether turns help it: they are taken only where others on these \
+                  CPUs take them; gang=soft always takes them"
+                .into(),
+        };
     }
 }
 

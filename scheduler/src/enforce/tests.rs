@@ -14,7 +14,7 @@ use std::{
 
 use super::*;
 use crate::{
-    Cap, CpuSet, Host, HostSpec, Owner, Placement, Request, SchedMode, Slice, Tid, VcpuPlan,
+    Cap, CpuSet, Gang, Host, HostSpec, Owner, Placement, Request, SchedMode, Slice, Tid, VcpuPlan,
     VmPlan, VmPolicy, sys,
 };
 
@@ -444,6 +444,31 @@ fn what_is_only_advisory_fails_a_strict_vm_before_it_starts() {
     for place in places_here().directories() {
         assert!(ours(&place.path, "strict").is_empty());
     }
+}
+
+#[test]
+fn an_adaptive_gang_that_nobody_can_judge_is_only_advisory() {
+    let policy = VmPolicy {
+        gang: Gang::Adaptive { quantum_us: 20_000 },
+        ..VmPolicy::default()
+    };
+    let mut plan = vm("untold", 1, policy);
+    let told = Options {
+        guest_tells: true,
+        ..options()
+    };
+    let effects = Enforcer::prepare(&host(), &plan, &told).unwrap().effects();
+    assert_eq!(*outcome(&effects, "gang"), Outcome::Enforced);
+    let effects = Enforcer::prepare(&host(), &plan, &options())
+        .unwrap()
+        .effects();
+    let untold = outcome(&effects, "gang");
+    assert!(matches!(untold, Outcome::Advisory { .. }), "{untold}");
+    plan.request.policy.strict = true;
+    let refused = Enforcer::prepare(&host(), &plan, &options()).err().unwrap();
+    assert!(refused.to_string().contains("gang=soft"), "{refused}");
+    plan.request.policy.gang = Gang::Soft { quantum_us: 20_000 };
+    assert!(Enforcer::prepare(&host(), &plan, &options()).is_ok());
 }
 
 #[test]
