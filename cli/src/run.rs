@@ -3,7 +3,7 @@
 use std::{error::Error, path::PathBuf, str::FromStr, time::Instant};
 
 use clap::Args;
-use scheduler::{PolicyError, SchedMode, VmPolicy, policy::CpusOption};
+use scheduler::{SchedMode, VmPolicy, policy::CpusOption};
 use vmm::{
     config::{CpusConfig, MemoryConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig},
     control::{self, Ended, RunError},
@@ -157,14 +157,20 @@ struct SchedulingArguments {
     /// Another ledger than this host's
     #[arg(long, value_name = "FILE")]
     ledger: Option<PathBuf>,
+    /// Write what each vCPU gets to FILE every second: Prometheus' text format, or JSON if FILE ends in .json. Takes --sched
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
 }
 
 impl SchedulingArguments {
     /// With what `--cpus` says.
-    fn complete(self, cpus: &CpusOption) -> Result<SchedulingConfig, PolicyError> {
+    fn complete(self, cpus: &CpusOption) -> Result<SchedulingConfig, Box<dyn Error>> {
         let mut policy = self.sched;
         if !cpus.affinity.is_empty() || cpus.core_scheduling.is_some() {
             cpus.complete(policy.get_or_insert_default())?;
+        }
+        if self.metrics.is_some() && policy.is_none() {
+            return Err("--metrics: only machines with --sched are metered; add --sched placement=shared for one that is placed as usual".into());
         }
         Ok(SchedulingConfig {
             policy,
@@ -173,6 +179,7 @@ impl SchedulingArguments {
             mode_force: self.sched_mode_force,
             name: self.name,
             ledger: self.ledger,
+            metrics: self.metrics,
         })
     }
 }

@@ -186,6 +186,28 @@ sched_tests! {
         assert_eq!(groups(), BTreeSet::new());
     }
 
+    fn metrics_are_there_while_it_runs_and_gone_afterwards() {
+        let ledger = Ledger::new("metrics");
+        let file = ledger.0.join("vm.prom");
+        let path = file.display().to_string();
+        let mut vm = machine(child::rota(), &ledger, &["--cpus", "boot=2", "--sched", "weight=200", "--name", "seen", "--metrics", &path]);
+        vm.wait_for_init();
+        let run_time = || {
+            let text = fs::read_to_string(&file).expect("metrics");
+            let line = text.lines().find(|line| line.starts_with("rota_vcpu_run_seconds_total{vm=\"seen\",vcpu=\"0\"} "));
+            line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).unwrap_or_else(|| panic!("{text}"))
+        };
+        let first = run_time();
+        let deadline = std::time::Instant::now() + child::patience();
+        while run_time() <= first {
+            assert!(std::time::Instant::now() < deadline, "the file is not written anew");
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        vm.signal(libc::SIGTERM);
+        assert_eq!(vm.wait().code(), Some(0), "{}", vm.printed());
+        assert!(!file.exists());
+    }
+
     fn the_report_meters_each_vcpu() {
         let ledger = Ledger::new("metered");
         let file = ledger.0.join("report.json");

@@ -1,7 +1,7 @@
 //! The control thread: starts the machine, waits for what happens to it, and says how it ended.
 //!
 //! It waits with `poll` on four things: signals, the guest's power switch, VP threads that end by themselves, and the
-//! console's input.
+//! console's input. Between them it writes the metrics, if a file for them was asked for.
 
 use std::{
     io,
@@ -10,11 +10,13 @@ use std::{
 };
 
 use devices::{power::PowerRequest, serial::Serial};
+use scheduler::Meter;
 use vcpu::Crash;
 
 use crate::{
     config::{ConfigError, VmConfig},
     console::{Console, ConsoleError},
+    metrics::MetricsFile,
     partition::{Device, PartitionError},
     report::Report,
     scheduling::{Placed, Scheduling, SchedulingError},
@@ -98,6 +100,14 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
     let mut announcement = format!("{detection}\n");
     let scheduling = Scheduling::begin(config, &detection)?;
     report.scheduler = Some(detection);
+    let metrics = config.scheduling.metrics.as_deref();
+    let mut metrics = metrics
+        .map(MetricsFile::create)
+        .transpose()
+        .map_err(|source| RunError::Host {
+            what: "write the file of --metrics",
+            source,
+        })?;
     let mut console = Console::open(&config.serial)?;
     if let Some(path) = console.pty() {
         announcement += &format!("serial: {}\n", path.display());
@@ -124,7 +134,8 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
         let mut vm = vm.start(placed.as_mut())?;
         state.advance(State::Running)?;
         report.mark("running");
-        let event = wait(&vm, &mut console, &signals)?;
+        let meter = placed.as_ref().map(Placed::meter);
+        let event = wait(&vm, &mut console, &signals, metrics.as_mut().zip(meter))?;
         signals_after(&event, &signals);
         report.metering = placed.as_ref().map(|placed| placed.meter().sample());
         let clean = vm.stop();
@@ -169,9 +180,17 @@ struct Input {
 
 const RETRY: Duration = Duration::from_millis(100);
 
-fn wait(vm: &Vm, console: &mut Console, signals: &Signals) -> Result<Event, RunError> {
+fn wait(
+    vm: &Vm,
+    console: &mut Console,
+    signals: &Signals,
+    mut metrics: Option<(&mut MetricsFile, &Meter)>,
+) -> Result<Event, RunError> {
     let mut input = Input::default();
     loop {
+        if let Some((file, meter)) = &mut metrics {
+            file.tick(|| meter.sample());
+        }
         let serial = vm.board().serial();
         let listen = serial.is_some() && input.waiting.is_empty() && input.retry_at.is_none();
         let mut polls = [
@@ -187,8 +206,12 @@ fn wait(vm: &Vm, console: &mut Console, signals: &Signals) -> Result<Event, RunE
                 _ => ignored(),
             },
         ];
+        let write_at = metrics.as_ref().map(|(file, _)| file.due());
         let timeout = input
             .retry_at
+            .into_iter()
+            .chain(write_at)
+            .min()
             .map(|at| at.saturating_duration_since(Instant::now()));
         poll(&mut polls, timeout)?;
         if input.retry_at.is_some_and(|at| at <= Instant::now()) {

@@ -20,6 +20,7 @@ mod hole;
 mod interrupts;
 pub mod layout;
 pub mod memory;
+pub mod metrics;
 pub mod partition;
 pub mod peripherals;
 pub mod report;

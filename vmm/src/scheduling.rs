@@ -45,6 +45,9 @@ pub struct SchedulingConfig {
     /// Another ledger than the host's.
     #[serde(default)]
     pub ledger: Option<PathBuf>,
+    /// Where to write, every second, what each vCPU gets ([`crate::metrics`]); only for machines with a policy.
+    #[serde(default)]
+    pub metrics: Option<PathBuf>,
 }
 
 /// Why the machine cannot be scheduled as asked.
