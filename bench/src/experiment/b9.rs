@@ -176,27 +176,33 @@ fn affinity(pid: u32, tid: i32) -> Option<CpuSet> {
 fn write_cpuset(pid: u32, tid: i32, cpus: &CpuSet) -> io::Result<()> {
     let own = cpuset_of(Path::new("/proc/self/cgroup"))?;
     let group = cpuset_of(&PathBuf::from(format!("/proc/{pid}/task/{tid}/cgroup")))?;
-    if group == own {
+    if group == own || !group.join(CPUS).exists() {
         return Err(io::Error::other("it has no cpuset of its own"));
     }
-    // A group within another has to fit into it.
-    if let Some(parent) = group.parent().filter(|parent| *parent != own) {
-        fs::write(
-            parent.join("cpuset.cpus"),
-            fs::read_to_string(own.join("cpuset.cpus"))?,
-        )?;
+    // In version 1 a group within another has to fit into it; in version 2 it gets what fits.
+    if let Some(parent) = group.parent().filter(|parent| *parent != own)
+        && own.join(CPUS).exists()
+    {
+        fs::write(parent.join(CPUS), fs::read_to_string(own.join(CPUS))?)?;
     }
-    fs::write(group.join("cpuset.cpus"), cpus.to_string())
+    fs::write(group.join(CPUS), cpus.to_string())
 }
 
+const CPUS: &str = "cpuset.cpus";
+
+/// The directory of a thread's group that has to do with cpusets: of the hierarchy of version 1 that has them, or of version 2.
 fn cpuset_of(file: &Path) -> io::Result<PathBuf> {
     let text = fs::read_to_string(file)?;
-    let path = text
-        .lines()
-        .find_map(|line| line.split_once(":cpuset:"))
-        .map(|(_, path)| path);
-    let path = path.ok_or_else(|| io::Error::other("no version 1 hierarchy has cpuset"))?;
-    Ok(Path::new("/sys/fs/cgroup/cpuset").join(path.trim_start_matches('/')))
+    let path = |mark: &str| {
+        text.lines()
+            .find_map(|line| line.split_once(mark))
+            .map(|(_, path)| path.trim_start_matches('/'))
+    };
+    if let Some(path) = path(":cpuset:") {
+        return Ok(Path::new("/sys/fs/cgroup/cpuset").join(path));
+    }
+    let path = path("0::").ok_or_else(|| io::Error::other("no hierarchy has cpuset"))?;
+    Ok(Path::new("/sys/fs/cgroup").join(path))
 }
 
 fn criteria(results: &Results) -> Vec<Criterion> {

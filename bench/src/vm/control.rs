@@ -15,7 +15,11 @@ use scheduler::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Body, VmSpec, body::Threads, groups::Groups};
+use super::{
+    Body, VmSpec,
+    body::Threads,
+    groups::{Groups, Limits, Shares},
+};
 use crate::Result;
 
 /// Who places a VM's threads, and how.
@@ -28,7 +32,7 @@ pub(crate) enum Control {
         /// CPUs of each vCPU.
         affinity: Vec<CpuSet>,
     },
-    /// libvirt: groups for each vCPU and the emulator (version 1), `cpuset` and affinity for pins, shares and quota.
+    /// libvirt: groups for each vCPU and the emulator, `cpuset` and affinity for pins, shares and quota.
     Libvirt {
         /// `<vcpupin>`; a vCPU without is left alone.
         pins: Vec<CpuSet>,
@@ -94,9 +98,6 @@ impl Held {
     }
 }
 
-/// Where kernels have it, a group without takes no real-time threads. libvirt leaves that to the administrator.
-const REAL_TIME: &str = "cpu.rt_runtime_us";
-
 pub(super) fn apply(spec: &VmSpec, threads: &Threads) -> Result<Held> {
     let tids = threads.tids();
     match &spec.control {
@@ -115,43 +116,36 @@ pub(super) fn apply(spec: &VmSpec, threads: &Threads) -> Result<Held> {
             fifo,
         } => {
             let mut groups = Groups::here()?;
-            let shares: Vec<_> = shares
-                .iter()
-                .map(|shares| ("cpu.shares", shares.to_string()))
-                .collect();
-            let domain = groups.cpu(None, "domain", &shares)?;
-            let real_time = fifo.is_some() && domain.join(REAL_TIME).exists();
-            if real_time {
-                std::fs::write(domain.join(REAL_TIME), "900000")?;
-            }
             let all = std::fs::read_to_string("/sys/devices/system/cpu/online")?;
-            let cpusets = groups.cpuset(None, "domain", all.trim())?;
-            let emulator_cpu = groups.cpu(Some(&domain), "emulator", &[])?;
-            let emulator_cpus = emulator
-                .as_ref()
-                .map_or_else(|| all.trim().to_owned(), CpuSet::to_string);
-            let emulator_cpuset = groups.cpuset(Some(&cpusets), "emulator", &emulator_cpus)?;
-            groups.put_process(&emulator_cpu)?;
-            groups.put_process(&emulator_cpuset)?;
+            let all = all.trim();
+            let domain = Limits {
+                shares: shares.map(Shares::Libvirt),
+                cpus: Some(all.to_owned()),
+                real_time_us: fifo.map(|_| 900_000),
+                ..Limits::default()
+            };
+            let domain = groups.of_process("domain", &domain)?;
+            let emulator = Limits {
+                cpus: Some(
+                    emulator
+                        .as_ref()
+                        .map_or_else(|| all.to_owned(), CpuSet::to_string),
+                ),
+                ..Limits::default()
+            };
+            let emulator = groups.of_threads(&domain, "emulator", &emulator)?;
+            groups.put_process(&emulator)?;
             for (vcpu, tid) in tids.iter().enumerate() {
-                let name = format!("vcpu{vcpu}");
-                let files: Vec<_> = quota
-                    .iter()
-                    .flat_map(|(quota, period)| {
-                        [
-                            ("cpu.cfs_period_us", period.to_string()),
-                            ("cpu.cfs_quota_us", quota.to_string()),
-                        ]
-                    })
-                    .collect();
-                let group = groups.cpu(Some(&domain), &name, &files)?;
-                if real_time {
-                    std::fs::write(group.join(REAL_TIME), "800000")?;
-                }
+                let pin = pins.get(vcpu);
+                let limits = Limits {
+                    quota: *quota,
+                    cpus: pin.map(CpuSet::to_string),
+                    real_time_us: fifo.map(|_| 800_000),
+                    ..Limits::default()
+                };
+                let group = groups.of_threads(&domain, &format!("vcpu{vcpu}"), &limits)?;
                 groups.put(&group, tid.0)?;
-                if let Some(cpus) = pins.get(vcpu) {
-                    let group = groups.cpuset(Some(&cpusets), &name, &cpus.to_string())?;
-                    groups.put(&group, tid.0)?;
+                if let Some(cpus) = pin {
                     confine(*tid, cpus)?;
                 }
                 if let Some(priority) = fifo {
@@ -165,11 +159,14 @@ pub(super) fn apply(spec: &VmSpec, threads: &Threads) -> Result<Held> {
         }
         Control::Kubernetes { cpus, millicpus } => {
             let mut groups = Groups::here()?;
-            let shares = (u64::from(*millicpus) * 1024 / 1000).max(2).to_string();
-            let cpu = groups.cpu(None, "pod", &[("cpu.shares", shares)])?;
-            let cpuset = groups.cpuset(None, "pod", &cpus.to_string())?;
-            groups.put_process(&cpu)?;
-            groups.put_process(&cpuset)?;
+            let limits = Limits {
+                shares: Some(Shares::Kubernetes {
+                    millicpus: *millicpus,
+                }),
+                cpus: Some(cpus.to_string()),
+                ..Limits::default()
+            };
+            groups.of_process("pod", &limits)?;
             Ok(Held {
                 _groups: Some(groups),
                 ..Held::default()

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use self::{machine::Machine, machine::Running, watch::Watch};
 use crate::{
     Result,
-    vm::{Groups, confine},
+    vm::{Groups, Limits, Shares, confine},
 };
 
 /// What is asked for the VPs.
@@ -176,19 +176,27 @@ fn answer(question: &Question) -> Result<Answer> {
 /// What cloud-hypervisor and libvirt do; neither is told whether it has any effect.
 fn ask_as_peers(question: &Question, running: &[Running]) -> Result<Groups> {
     let mut groups = Groups::here()?;
-    for (number, vm) in running.iter().enumerate() {
-        if question.ask != Ask::Quota {
+    if question.ask != Ask::Quota {
+        for vm in running {
             confine(vm.tid, &CpuSet::one(question.cpu))?;
         }
-        let files = match question.ask {
-            Ask::Affinity => continue,
-            Ask::Quota => vec![
-                ("cpu.cfs_period_us", "10000".to_owned()),
-                ("cpu.cfs_quota_us", "4000".to_owned()),
-            ],
-            Ask::Weights => vec![("cpu.shares", (1024 * (1 + 2 * number)).to_string())],
+    }
+    if question.ask == Ask::Affinity {
+        return Ok(groups);
+    }
+    let domain = groups.of_process("domain", &Limits::default())?;
+    for (number, vm) in running.iter().enumerate() {
+        let limits = match question.ask {
+            Ask::Quota => Limits {
+                quota: Some((4000, 10_000)),
+                ..Limits::default()
+            },
+            _ => Limits {
+                shares: Some(Shares::Libvirt(1024 * (1 + 2 * number as u32))),
+                ..Limits::default()
+            },
         };
-        let group = groups.cpu(None, &format!("vm{number}"), &files)?;
+        let group = groups.of_threads(&domain, &format!("vm{number}"), &limits)?;
         groups.put(&group, vm.tid.0)?;
     }
     Ok(groups)
