@@ -3,6 +3,7 @@
 mod b1;
 mod b10;
 mod b11;
+mod b13;
 mod b2;
 mod b3;
 mod b4;
@@ -150,6 +151,7 @@ pub(crate) fn all(settings: &Settings) -> Vec<Experiment> {
         b9::experiment(settings),
         b10::experiment(settings),
         b11::experiment(settings),
+        b13::experiment(settings),
     ]
 }
 
