@@ -131,14 +131,13 @@ fn once(
             clock::sleep_until(clock::now_ns() + LOOK_EVERY_NS);
             back = affinity(pid, tid).as_ref() == Some(wanted);
         }
-        let ms = match refused {
-            true => 0.0,
-            false => (clock::now_ns() - begun) as f64 / 1e6,
-        };
-        outcome.metrics.insert("wrong", ms);
-        outcome
-            .metrics
-            .insert("back", if back { 100.0 } else { 0.0 });
+        // A move that is not made says nothing about how long it lasts.
+        if !refused {
+            let ms = (clock::now_ns() - begun) as f64 / 1e6;
+            outcome.metrics.insert("wrong", ms);
+            let back = if back { 100.0 } else { 0.0 };
+            outcome.metrics.insert("back", back);
+        }
         outcome
             .metrics
             .insert("refused", if refused { 100.0 } else { 0.0 });
