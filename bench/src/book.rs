@@ -1,17 +1,27 @@
-//! The page of the book: tables between marks are replaced by what was measured.
+//! The page of the book and the README: tables between marks are replaced by what was measured.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use crate::{Result, report::Report};
 
 const PAGE: &str = "docs/src/explanation/sched-bench.md";
+const README: &str = "README.md";
 
-/// Puts an experiment's table between `<!-- NAME -->` and `<!-- /NAME -->`.
-pub(crate) fn fill(name: &str, report: &Report<'_>) -> Result<()> {
-    let page = fs::read_to_string(PAGE)?;
-    let filled = replace(&page, name, &report.markdown())
-        .ok_or_else(|| format!("{PAGE} has no place for {name}"))?;
-    fs::write(PAGE, filled)?;
+/// Puts an experiment's table between `<!-- NAME -->` and `<!-- /NAME -->` of `page`; without one, of the book's page, and its headline,
+/// if it has one, between the same marks of the README.
+pub(crate) fn fill(page: Option<&Path>, name: &str, report: &Report<'_>) -> Result<()> {
+    put(page.unwrap_or(Path::new(PAGE)), name, &report.markdown())?;
+    match report.headline() {
+        Some(headline) if page.is_none() => put(Path::new(README), name, &headline),
+        _ => Ok(()),
+    }
+}
+
+fn put(file: &Path, name: &str, text: &str) -> Result<()> {
+    let page = fs::read_to_string(file)?;
+    let filled = replace(&page, name, text)
+        .ok_or_else(|| format!("{} has no place for {name}", file.display()))?;
+    fs::write(file, filled)?;
     Ok(())
 }
 
@@ -24,7 +34,7 @@ fn replace(page: &str, name: &str, text: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::replace;
+    use super::{PAGE, README, replace};
 
     #[test]
     fn only_what_is_between_the_marks_changes() {
@@ -33,5 +43,18 @@ mod tests {
         assert_eq!(once, "a\n<!-- b3 -->\n\nnew\n<!-- /b3 -->\nz\n");
         assert_eq!(replace(&once, "b3", "new").unwrap(), once);
         assert_eq!(replace(page, "b4", "new"), None);
+    }
+
+    #[test]
+    fn pages_have_a_place_for_every_table() {
+        let read = |file: &str| std::fs::read_to_string(format!("../{file}")).unwrap();
+        let lab = "docs/src/explanation/sched-bench-lab.md";
+        for page in [PAGE, lab].map(read) {
+            for number in (1..=11).chain([13]) {
+                let name = format!("b{number}");
+                assert!(replace(&page, &name, "").is_some(), "{name}");
+            }
+        }
+        assert!(replace(&read(README), "b7", "").is_some());
     }
 }

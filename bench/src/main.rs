@@ -50,9 +50,12 @@ struct Options {
     /// Where plots go
     #[arg(long, default_value = "docs/src/images/sched")]
     images: PathBuf,
-    /// Write the tables into the book's page, too
+    /// Write the tables into the book's page, too, and what B7 comes to into the README
     #[arg(long)]
     book: bool,
+    /// Write them into another page than the book's, and leave the README alone
+    #[arg(long, value_name = "FILE", requires = "book")]
+    page: Option<PathBuf>,
     /// List the experiments, and measure nothing
     #[arg(long)]
     list: bool,
@@ -131,7 +134,7 @@ fn measure(options: &Options) -> Result<()> {
         )?;
         fs::write(options.images.join(format!("{name}.svg")), report.plot())?;
         if options.book {
-            book::fill(&name, &report)?;
+            book::fill(options.page.as_deref(), &name, &report)?;
         }
     }
     Ok(())

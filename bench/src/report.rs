@@ -119,6 +119,12 @@ impl<'a> Report<'a> {
         text
     }
 
+    /// For the README, of the experiment that has something to say there.
+    pub(crate) fn headline(&self) -> Option<String> {
+        let table = crate::experiment::headline(self.experiment.id, self.results)?;
+        Some(format!("{table}\n{}.\n", self.conditions()))
+    }
+
     fn notes(&self) -> Vec<String> {
         let missing = self.results.missing.iter();
         let mut notes: Vec<_> = missing
@@ -215,7 +221,7 @@ fn machine() -> String {
     )
 }
 
-fn cell(median: Median) -> String {
+pub(crate) fn cell(median: Median) -> String {
     let Median {
         value, low, high, ..
     } = median;

@@ -5,6 +5,7 @@ use super::{
 };
 use crate::{
     protocol::Results,
+    report::cell,
     vps::{Ask, Asker, Question, ask},
 };
 
@@ -127,6 +128,46 @@ fn once(settings: &Settings, asked: Ask, world: &str, asker: Asker) -> crate::Re
     Ok(outcome)
 }
 
+/// What each request came to: of Linux in both worlds, and of Rota where the hypervisor schedules.
+pub(super) fn headline(results: &Results) -> String {
+    let mut table = String::from(
+        "| asked for | where Linux schedules | where the hypervisor schedules: asked of Linux | … asked of Rota |\n|---|--:|--:|--:|\n",
+    );
+    for (words, what, metric, unit) in [
+        (
+            "both VPs on CPU a: run time there",
+            "affinity",
+            "on_cpu",
+            " %",
+        ),
+        ("at most 40 % of a CPU: run time", "quota 40 %", "run", " %"),
+        (
+            "weights 1:3: ratio of run times",
+            "weights 1:3",
+            "ratio",
+            "",
+        ),
+    ] {
+        let said = |world, asker| {
+            let variant = name_of(what, world, asker);
+            match results.median(&variant, metric) {
+                Some(median) => cell(median) + unit,
+                None if results.value(&variant, "refused") == Some(1.0) => {
+                    "refused at start".into()
+                }
+                None => "not measured".into(),
+            }
+        };
+        table += &format!(
+            "| {words} | {} | {} | {} |\n",
+            said("integrated", Asker::Peers),
+            said("core", Asker::Peers),
+            said("core", Asker::Rota)
+        );
+    }
+    table
+}
+
 fn criteria(results: &Results) -> Vec<Criterion> {
     let value = |what, world, asker, metric| results.value(&name_of(what, world, asker), metric);
     let near = |wanted: f64, tolerance: f64| move |value: f64| (value - wanted).abs() <= tolerance;
@@ -155,4 +196,47 @@ fn criteria(results: &Results) -> Vec<Criterion> {
         ));
     }
     criteria
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::protocol::Sample;
+
+    #[test]
+    fn the_headline_says_what_was_refused_and_what_was_not_run() {
+        let sample = |variant: String, metrics: &[(&'static str, f64)]| Sample {
+            variant,
+            round: 1,
+            discarded: false,
+            outcome: Outcome {
+                metrics: metrics.iter().copied().collect(),
+                ..Outcome::default()
+            },
+        };
+        let results = Results {
+            rounds: 1,
+            seconds: 1.0,
+            samples: vec![
+                sample(
+                    name_of("affinity", "core", Asker::Peers),
+                    &[("refused", 0.0), ("on_cpu", 50.0)],
+                ),
+                sample(
+                    name_of("affinity", "core", Asker::Rota),
+                    &[("refused", 1.0)],
+                ),
+            ],
+            missing: BTreeMap::new(),
+        };
+        let table = headline(&results);
+        let row = table.lines().nth(2).unwrap();
+        assert!(
+            row.ends_with("| not measured | 50.0 % | refused at start |"),
+            "{row}"
+        );
+        assert_eq!(table.lines().count(), 5);
+    }
 }

@@ -155,6 +155,11 @@ pub(crate) fn all(settings: &Settings) -> Vec<Experiment> {
     ]
 }
 
+/// What an experiment has to say in the README: a table of B7, in Markdown.
+pub(crate) fn headline(id: &str, results: &Results) -> Option<String> {
+    (id == "B7").then(|| b7::headline(results))
+}
+
 /// The CPUs this process may use; the first two are used.
 pub(crate) fn cpus() -> Result<Vec<u32>> {
     let text = std::fs::read_to_string("/proc/self/status")?;
