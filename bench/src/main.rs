@@ -36,10 +36,10 @@ struct Options {
     #[arg(long, value_delimiter = ',', ignore_case = true)]
     only: Vec<String>,
     /// Rounds: each runs every variant once, in another order
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
     /// How long each run is measured
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 5.0)]
     seconds: f64,
     /// Repeat runs during which others used more of the machine than this, in percent; so many as count, twice
     #[arg(long, default_value_t = 100.0)]
