@@ -51,11 +51,11 @@ pub(crate) fn install(tools: &[Tool]) -> Result<()> {
 ///
 /// `prefix` is how the dependency's name starts.
 pub(crate) fn download_dependency(meta: &str, prefix: &str, folder: &Path) -> Result<PathBuf> {
-    let package = match dependency(meta, prefix)? {
+    let package = match dependency(meta, prefix, &[])? {
         Some(package) => package,
         None => {
             apt_get(&["update"])?;
-            dependency(meta, prefix)?.ok_or_else(|| {
+            dependency(meta, prefix, &[])?.ok_or_else(|| {
                 Error::new(format!(
                     "Debian package {meta} is not known to apt (is this Debian amd64?)"
                 ))
@@ -63,11 +63,50 @@ pub(crate) fn download_dependency(meta: &str, prefix: &str, folder: &Path) -> Re
         }
     };
     std::fs::create_dir_all(folder).context(|| format!("cannot create {}", folder.display()))?;
-    if download(&package, folder).is_err() {
+    if download(&package, folder, &[]).is_err() {
         apt_get(&["update"])?;
-        download(&package, folder)
+        download(&package, folder, &[])
             .context(|| format!("Debian package {package} could not be downloaded"))?;
     }
+    downloaded(&package, folder)
+}
+
+/// The same from Debian's backports, which this machine's own sources and package lists need not know and do not get to know.
+pub(crate) fn download_backport(meta: &str, prefix: &str, folder: &Path) -> Result<PathBuf> {
+    let apt = folder.join("apt");
+    for part in ["lists/partial", "cache/archives/partial"] {
+        let part = apt.join(part);
+        std::fs::create_dir_all(&part).context(|| format!("cannot create {}", part.display()))?;
+    }
+    let about = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let codename = about
+        .lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+        .ok_or_else(|| Error::new("/etc/os-release does not say which Debian this is"))?;
+    let sources = apt.join("sources.list");
+    let source = format!(
+        "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian {codename}-backports main\n"
+    );
+    std::fs::write(&sources, source).context(|| format!("cannot write {}", sources.display()))?;
+    let options = [
+        format!("-oDir::Etc::SourceList={}", sources.display()),
+        "-oDir::Etc::SourceParts=/dev/null".into(),
+        format!("-oDir::State::Lists={}", apt.join("lists").display()),
+        format!("-oDir::Cache={}", apt.join("cache").display()),
+    ];
+    let mut update = Command::new("apt-get");
+    update.args(&options).arg("update");
+    quietly(update)?;
+    let package = dependency(meta, prefix, &options)?.ok_or_else(|| {
+        Error::new(format!(
+            "{codename}-backports has no {meta}; name a kernel with --kernel"
+        ))
+    })?;
+    download(&package, folder, &options)?;
+    downloaded(&package, folder)
+}
+
+fn downloaded(package: &str, folder: &Path) -> Result<PathBuf> {
     let entries =
         std::fs::read_dir(folder).context(|| format!("cannot read {}", folder.display()))?;
     entries
@@ -90,8 +129,9 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
-fn dependency(meta: &str, prefix: &str) -> Result<Option<String>> {
+fn dependency(meta: &str, prefix: &str, options: &[String]) -> Result<Option<String>> {
     let output = Command::new("apt-cache")
+        .args(options)
         .args(["depends", meta])
         .stderr(Stdio::null())
         .output()
@@ -103,9 +143,12 @@ fn dependency(meta: &str, prefix: &str) -> Result<Option<String>> {
         .map(str::to_owned))
 }
 
-fn download(package: &str, folder: &Path) -> Result<()> {
+fn download(package: &str, folder: &Path, options: &[String]) -> Result<()> {
     let mut command = Command::new("apt-get");
-    command.args(["download", package]).current_dir(folder);
+    command
+        .args(options)
+        .args(["download", package])
+        .current_dir(folder);
     quietly(command)
 }
 

@@ -1,5 +1,4 @@
-//! `cargo xtask bench boot`: how rota boots a guest, beside a peer, in one run of the lab; and `bench sched`, which is a crate of
-//! its own.
+//! `cargo xtask bench boot`: how rota boots a guest, beside a peer, in one run of the lab.
 
 use std::fs;
 use std::path::PathBuf;
@@ -69,31 +68,6 @@ pub(crate) fn boot(
         );
     }
     Ok(0)
-}
-
-/// Builds the scheduler's benchmarks and runs them on this machine.
-pub(crate) fn sched(workspace: &Workspace, options: &[String]) -> Result<i32> {
-    for packages in [
-        &["--package", "sched-bench", "--package", "softmshv"][..],
-        &["--package", "scheduler", "--example", "plan"],
-    ] {
-        let mut command = workspace.cargo();
-        command.args(["build", "--release"]).args(packages);
-        let status = command.status().context(|| "cannot start cargo")?;
-        if !status.success() {
-            return Err(Error::new("the benchmarks do not build (see above)"));
-        }
-    }
-    let program = workspace
-        .target
-        .join(Profile::Release.folder())
-        .join("sched-bench");
-    let status = std::process::Command::new(&program)
-        .args(options)
-        .current_dir(&workspace.root)
-        .status()
-        .context(|| format!("{}", program.display()))?;
-    Ok(status.code().unwrap_or(1))
 }
 
 /// Medians, and what they have to be.

@@ -70,6 +70,17 @@ impl Kernel {
         Self::prepare(&package, &kernels.join(flavour.folder()), modules)
     }
 
+    /// The package of the newest kernel Debian's backports have for this machine's release: younger than what the release came with.
+    pub(crate) fn backport(workspace: &Workspace) -> Result<PathBuf> {
+        let downloads = workspace.lab().join("kernels").join("backport-package");
+        match only_package(&downloads) {
+            Some(package) => Ok(package),
+            None => step("downloading a kernel from backports", || {
+                apt::download_backport(Flavour::Amd64.metapackage(), "linux-image-", &downloads)
+            }),
+        }
+    }
+
     /// The kernel in `file`: a Debian `linux-image` package, or a bzImage whose modules are installed on this machine or
     /// lie in `lib/modules` beside the image's folder.
     pub(crate) fn from_file(workspace: &Workspace, file: &Path, modules: &[&str]) -> Result<Self> {

@@ -2,6 +2,7 @@
 
 mod apt;
 mod bench;
+mod bench_sched;
 mod cpio;
 mod demo;
 mod error;
@@ -77,6 +78,12 @@ enum Bench {
     },
     /// The scheduler beside the control planes of others
     Sched {
+        /// Measure in the lab, on a kernel from Debian's backports and control groups of version 2 (before the benchmark's options)
+        #[arg(long)]
+        lab: bool,
+        /// Another kernel for the lab, as for `cargo xtask lab`
+        #[arg(long, value_name = "FILE", requires = "lab")]
+        kernel: Option<PathBuf>,
         /// What the benchmark takes: --only B2,B3 --runs N --seconds S --out DIR --book --list
         #[arg(
             trailing_var_arg = true,
@@ -174,8 +181,18 @@ fn on_host(workspace: &Workspace, action: Action) -> Result<i32> {
             what: Bench::Boot { peer, runs, json },
         } => bench::boot(workspace, peer, runs, json),
         Action::Bench {
-            what: Bench::Sched { options },
-        } => bench::sched(workspace, &options),
+            what:
+                Bench::Sched {
+                    lab: false,
+                    options,
+                    ..
+                },
+        } => bench_sched::here(workspace, &options),
+        Action::Bench {
+            what: Bench::Sched {
+                kernel, options, ..
+            },
+        } => bench_sched::in_lab(workspace, kernel, &options),
         Action::Lab(args) => run_in_lab(workspace, args),
         Action::Inside { .. } => unreachable!("handled before the checkout was looked for"),
     }
