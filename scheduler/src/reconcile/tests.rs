@@ -408,11 +408,14 @@ fn a_dedicated_cpu_that_goes_offline_is_told() {
     fs::write(&switch, "1").unwrap();
     let back = Instant::now();
     let regained = wait_for(|event| matches!(event, ReconcileEvent::Regained { vcpu: 1 }));
-    thread::sleep(Duration::from_millis(50));
-    assert_eq!(sys::affinity(bodies[1].tid).unwrap(), CpuSet::one(second));
+    while sys::affinity(bodies[1].tid).unwrap() != CpuSet::one(second) {
+        assert!(back.elapsed() < SOON, "it is not back on its CPU");
+        thread::sleep(Duration::from_millis(1));
+    }
     println!(
-        "lost told {:?} after, regained {:?} after",
+        "lost told {:?} after, regained {:?} after, back on its CPU {:?} after",
         lost.saturating_duration_since(gone),
-        regained.saturating_duration_since(back)
+        regained.saturating_duration_since(back),
+        back.elapsed()
     );
 }

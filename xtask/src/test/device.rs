@@ -1,4 +1,4 @@
-//! The programs of the crate `rota-tests`. Those of the conformance suite are clients of `/dev/mshv` themselves and run under
+//! The programs of the crate `rota-tests`, and that of `scheduler`. Those of the conformance suite are clients of `/dev/mshv` themselves and run under
 //! softmshv; the others start what they need.
 
 use std::collections::BTreeMap;
@@ -12,6 +12,17 @@ use crate::error::{Context, Result};
 
 /// The programs that hold the conformance suite are named so.
 const CONFORMANCE: &str = "conformance";
+
+/// The tests inside the crate `scheduler`. Most of them have run before, where the crate was built; here it is those that want a machine
+/// of their own with control groups of version 2, one after the other.
+const SCHEDULER: (&str, &[&str]) = (
+    "scheduler",
+    &[
+        "version_2::",
+        "a_dedicated_cpu_that_goes_offline_is_told",
+        "--test-threads=1",
+    ],
+);
 
 /// The worlds it is run in, as options of the launcher: Linux schedules, and the hypervisor does.
 const WORLDS: [&[&str]; 2] = [&[], &["--scheduler", "core"]];
@@ -69,9 +80,13 @@ impl Suite<'_> {
                 if results.contains_key(&label) {
                     continue;
                 }
-                command
-                    .args(self.filter)
-                    .envs(self.environment.iter().copied());
+                match (self.filter, SCHEDULER) {
+                    (None, (scheduler, its)) if name == scheduler => {
+                        command.args(its).env("ROTA_TEST_OFFLINE", "1")
+                    }
+                    (filter, _) => command.args(filter),
+                };
+                command.envs(self.environment.iter().copied());
                 let outcome = harness::run(command, self.limit)?;
                 println!(
                     "  {label}: {} ({:.1} s)",

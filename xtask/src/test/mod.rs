@@ -5,7 +5,7 @@
 //! | lint | formatting, clippy, documentation, licences | – |
 //! | unit | the tests inside the crates | – |
 //! | native | the crate `rota-tests`, on this machine | `/dev/kvm` |
-//! | lab | the crate `rota-tests`, in the lab | – |
+//! | lab | the crate `rota-tests`, and of `scheduler` what takes control groups of version 2, in the lab | – |
 
 pub(crate) mod device;
 pub(crate) mod harness;
@@ -85,9 +85,9 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<i32> {
         phase("unit", &mut total, || unit(workspace, filter))?;
     }
     if wanted(Phase::Native) || wanted(Phase::Lab) {
-        let programs = step("building rota, softmshv and their tests", || {
+        let mut programs = step("building rota, softmshv and their tests", || {
             workspace.build(Profile::Dev)?;
-            test_programs(workspace)
+            test_programs(workspace, "rota-tests", "--tests")
         })?;
         if wanted(Phase::Native) {
             phase("native", &mut total, || {
@@ -95,6 +95,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<i32> {
             })?;
         }
         if wanted(Phase::Lab) {
+            programs.extend(test_programs(workspace, "scheduler", "--lib")?);
             phase("lab", &mut total, || in_lab(workspace, &programs, filter))?;
         }
     }
@@ -167,14 +168,18 @@ fn unit(workspace: &Workspace, filter: Option<&str>) -> Result<Counts> {
     Ok(counts)
 }
 
-/// The test programs of the crate `rota-tests`, by name.
-fn test_programs(workspace: &Workspace) -> Result<Vec<(String, PathBuf)>> {
+/// The test programs of a crate, by name; of those that `targets` chooses.
+fn test_programs(
+    workspace: &Workspace,
+    package: &str,
+    targets: &str,
+) -> Result<Vec<(String, PathBuf)>> {
     let mut command = workspace.cargo();
     command.args([
         "test",
         "--package",
-        "rota-tests",
-        "--tests",
+        package,
+        targets,
         "--no-run",
         "--message-format=json-render-diagnostics",
     ]);
@@ -183,9 +188,9 @@ fn test_programs(workspace: &Workspace) -> Result<Vec<(String, PathBuf)>> {
         .output()
         .context(|| "cannot start cargo")?;
     if !output.status.success() {
-        return Err(Error::new(
-            "the crate rota-tests does not build (see above)",
-        ));
+        return Err(Error::new(format!(
+            "the tests of {package} do not build (see above)"
+        )));
     }
     let mut programs = Vec::new();
     for line in String::from_utf8_lossy(&output.stdout).lines() {
