@@ -14,6 +14,7 @@
 mod chain;
 pub mod pci;
 mod queue;
+pub mod rate_limiter;
 pub mod rng;
 mod worker;
 
