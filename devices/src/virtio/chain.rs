@@ -3,6 +3,8 @@
 //! The buffers are kept as `iovec`s, as system calls take them, next to the guest memory that they lie in: so they stay valid
 //! for as long as the [`Chain`] lives, also while the kernel works on them.
 
+use std::sync::Arc;
+
 use virtio_queue::{DescriptorChain, desc::split::Descriptor};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
@@ -15,7 +17,7 @@ const MOST_BUFFERS: usize = 4096;
 #[derive(Default)]
 pub struct Buffers {
     /// Keeps the memory that `vectors` points into.
-    memory: GuestMemoryMmap,
+    memory: Arc<GuestMemoryMmap>,
     vectors: Vec<libc::iovec>,
     length: usize,
 }
@@ -130,14 +132,14 @@ impl Buffers {
     }
 
     /// Empties `self`, to hold buffers in `memory` from now on.
-    fn restart(&mut self, memory: &GuestMemoryMmap) {
+    fn restart(&mut self, memory: &Arc<GuestMemoryMmap>) {
         self.clear();
-        self.memory = memory.clone();
+        self.memory = Arc::clone(memory);
     }
 
     fn add(&mut self, descriptor: &Descriptor) -> Result<(), DeviceError> {
         let length = descriptor.len() as usize;
-        for piece in GuestMemoryBackend::get_slices(&self.memory, descriptor.addr(), length) {
+        for piece in GuestMemoryBackend::get_slices(&*self.memory, descriptor.addr(), length) {
             let piece =
                 piece.map_err(|_| DeviceError::Malformed("a buffer outside the guest's memory"))?;
             self.vectors.push(libc::iovec {
@@ -165,8 +167,9 @@ impl Chain {
     /// An empty chain over `memory`, to be filled by [`VirtQueue::pop`](super::VirtQueue::pop).
     #[must_use]
     pub fn new(memory: &GuestMemoryMmap) -> Self {
+        let memory = Arc::new(memory.clone());
         let buffers = || Buffers {
-            memory: memory.clone(),
+            memory: Arc::clone(&memory),
             ..Buffers::default()
         };
         Self {
