@@ -18,6 +18,8 @@ pub struct VirtQueue {
     memory: GuestMemoryMmap,
     kick: EventFd,
     notify: Arc<dyn Notify>,
+    /// There are answers the driver was not told of.
+    untold: bool,
 }
 
 impl VirtQueue {
@@ -36,6 +38,7 @@ impl VirtQueue {
             memory,
             kick,
             notify,
+            untold: false,
         }
     }
 
@@ -102,16 +105,20 @@ impl VirtQueue {
     /// # Errors
     /// When the used ring is not where it was.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), DeviceError> {
+        self.untold = true;
         self.ring
             .add_used(&self.memory, head, written)
             .map_err(|_| DeviceError::Malformed("a used ring outside the guest's memory"))
     }
 
-    /// Tells the driver of the answers since the last time, if it wants to hear of them.
+    /// Tells the driver of the answers since the last time, if there are any and it wants to hear of them.
     ///
     /// # Errors
     /// When the rings are not where they were.
     pub fn signal(&mut self) -> Result<(), DeviceError> {
+        if !std::mem::take(&mut self.untold) {
+            return Ok(());
+        }
         let wanted = self
             .ring
             .needs_notification(&self.memory)
