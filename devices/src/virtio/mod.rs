@@ -11,6 +11,7 @@
 //! Everything in guest memory is hostile: a chain that breaks the rules of the queue ends in [`DeviceError::Malformed`], and
 //! that in a device that says it needs a reset. Nothing else happens to the machine.
 
+pub mod block;
 mod chain;
 pub mod pci;
 mod queue;
@@ -144,7 +145,6 @@ impl DeviceError {
 }
 
 /// Fills `data` from `config` at `offset`; what lies behind it is zero.
-#[allow(dead_code)]
 pub(crate) fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let Some(rest) = usize::try_from(offset)
