@@ -106,6 +106,31 @@ impl Buffers {
         std::mem::swap(self, tail);
     }
 
+    /// Moves all buffers of `other` behind those of `self`. Both are in the same memory.
+    pub fn append(&mut self, other: &mut Self) {
+        self.vectors.append(&mut other.vectors);
+        self.length = self.length.saturating_add(other.length);
+        other.length = 0;
+    }
+
+    /// Forgets the first `count` bytes (at most all).
+    pub fn skip_front(&mut self, count: usize) {
+        let mut missing = count.min(self.length);
+        self.length -= missing;
+        let mut whole = 0;
+        for vector in &mut self.vectors {
+            if vector.iov_len > missing {
+                // SAFETY: `missing` is less than the buffer's length.
+                vector.iov_base = unsafe { vector.iov_base.byte_add(missing) };
+                vector.iov_len -= missing;
+                break;
+            }
+            missing -= vector.iov_len;
+            whole += 1;
+        }
+        self.vectors.drain(..whole);
+    }
+
     fn visit(&self, offset: usize, count: usize, mut visit: impl FnMut(VolatileSlice<'_>)) {
         let (mut skip, mut left) = (offset, count);
         for vector in &self.vectors {
@@ -286,6 +311,25 @@ mod tests {
                 (text(&front), text(&back)),
                 (whole[..9 - cut].to_vec(), whole[9 - cut..].to_vec())
             );
+        }
+    }
+
+    #[test]
+    fn buffers_are_joined_and_forgotten() {
+        let memory = memory();
+        let ranges = [(0x100, 3), (0x3ffe, 4), (0x200, 0), (0x300, 2)];
+        buffers(&memory, &ranges).write_at(0, b"abcdefghi");
+        for at in 0..=10 {
+            let mut joined = buffers(&memory, &ranges[..2]);
+            let mut others = buffers(&memory, &ranges[2..]);
+            joined.append(&mut others);
+            assert_eq!((joined.len(), others.len()), (9, 0));
+            assert!(others.vectors().is_empty());
+            joined.skip_front(at);
+            let mut bytes = vec![0; 16];
+            let length = joined.read_at(0, &mut bytes);
+            assert_eq!(&bytes[..length], &b"abcdefghi"[at.min(9)..]);
+            assert_eq!(length, joined.len());
         }
     }
 

@@ -1,6 +1,9 @@
 //! A virtqueue in use: requests out of it, answers into it, and as few interrupts as the driver asks for.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::{
+    Arc,
+    atomic::{Ordering, fence},
+};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -18,8 +21,8 @@ pub struct VirtQueue {
     memory: GuestMemoryMmap,
     kick: EventFd,
     notify: Arc<dyn Notify>,
-    /// There are answers the driver was not told of.
-    untold: bool,
+    /// The index of the used ring when the driver was last told of it, or spared that.
+    signalled: u16,
 }
 
 impl VirtQueue {
@@ -34,11 +37,11 @@ impl VirtQueue {
     ) -> Self {
         Self {
             index,
+            signalled: ring.next_used(),
             ring,
             memory,
             kick,
             notify,
-            untold: false,
         }
     }
 
@@ -105,10 +108,34 @@ impl VirtQueue {
     /// # Errors
     /// When the used ring is not where it was.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), DeviceError> {
-        self.untold = true;
         self.ring
             .add_used(&self.memory, head, written)
             .map_err(|_| DeviceError::Malformed("a used ring outside the guest's memory"))
+    }
+
+    /// Answers several requests as one: the driver sees all the answers, each as in [`VirtQueue::push`], or none.
+    ///
+    /// # Errors
+    /// When the used ring is not where it was.
+    pub fn push_together(&mut self, answers: &[(u16, u32)]) -> Result<(), DeviceError> {
+        let Some((last, others)) = answers.split_last() else {
+            return Ok(());
+        };
+        // All entries are there before the index says so, which the last one's `push` lets it.
+        let mut next = self.ring.next_used();
+        for (head, written) in others {
+            let slot = u64::from(next % self.ring.size());
+            let entry = self.ring.used_ring().wrapping_add(4 + 8 * slot);
+            self.memory
+                .write_obj(
+                    [u32::from(*head).to_le(), written.to_le()],
+                    GuestAddress(entry),
+                )
+                .map_err(|_| DeviceError::Malformed("a used ring outside the guest's memory"))?;
+            next = next.wrapping_add(1);
+        }
+        self.ring.set_next_used(next);
+        self.push(last.0, last.1)
     }
 
     /// Tells the driver of the answers since the last time, if there are any and it wants to hear of them.
@@ -116,14 +143,20 @@ impl VirtQueue {
     /// # Errors
     /// When the rings are not where they were.
     pub fn signal(&mut self) -> Result<(), DeviceError> {
-        if !std::mem::take(&mut self.untold) {
+        let used = self.ring.next_used();
+        let before = std::mem::replace(&mut self.signalled, used);
+        if used == before {
             return Ok(());
         }
-        let wanted = self
-            .ring
-            .needs_notification(&self.memory)
-            .map_err(|_| DeviceError::Malformed("rings outside the guest's memory"))?;
-        if wanted && (self.ring.event_idx_enabled() || !self.interrupts_are_off()?) {
+        // What the driver says it wants is read after it can see the answers.
+        fence(Ordering::SeqCst);
+        let wanted = if self.ring.event_idx_enabled() {
+            let event = self.load16(4 + 2 * u64::from(self.ring.size()))?;
+            used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before)
+        } else {
+            self.load16(0)? & NO_INTERRUPT == 0
+        };
+        if wanted {
             self.notify.used(self.index);
         }
         Ok(())
@@ -149,10 +182,12 @@ impl VirtQueue {
             .map_err(|_| DeviceError::Malformed("rings outside the guest's memory"))
     }
 
-    fn interrupts_are_off(&self) -> Result<bool, DeviceError> {
+    /// Reads `offset` bytes into the available ring.
+    fn load16(&self, offset: u64) -> Result<u16, DeviceError> {
+        let at = GuestAddress(self.ring.avail_ring().wrapping_add(offset));
         self.memory
-            .load::<u16>(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
-            .map(|flags| u16::from_le(flags) & NO_INTERRUPT != 0)
+            .load(at, Ordering::Relaxed)
+            .map(u16::from_le)
             .map_err(|_| DeviceError::Malformed("rings outside the guest's memory"))
     }
 }
