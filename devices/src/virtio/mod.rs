@@ -13,6 +13,7 @@
 
 pub mod block;
 mod chain;
+pub mod net;
 pub mod pci;
 mod queue;
 pub mod rate_limiter;
