@@ -4,13 +4,19 @@ mod net_common;
 
 use std::{
     io::{Read, Write},
+    net::Ipv4Addr,
     os::unix::net::UnixStream,
     thread,
     time::{Duration, Instant},
 };
 
 use devices::virtio::{
-    net::{Net, Settings, backend::HEADER},
+    net::{
+        Net, Settings,
+        backend::HEADER,
+        stream::passt,
+        tap::{Tap, TapSettings},
+    },
     rate_limiter::{Bucket, Limits},
 };
 use driver::Raw;
@@ -464,7 +470,7 @@ fn interrupts_come_as_the_driver_asks() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_frames_arrive_whole_and_in_order(
@@ -499,4 +505,63 @@ proptest! {
             station.tx.wait();
         }
     }
+}
+
+#[test]
+fn passt_answers() {
+    let test = "passt_answers";
+    // SAFETY: the call concerns what this thread and its children see of the network, and no memory.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        println!(
+            "SKIP {test}: no network namespace: {}",
+            std::io::Error::last_os_error()
+        );
+        return;
+    }
+    // passt takes addresses from an interface with a route: here is one that leads nowhere.
+    let tap = TapSettings {
+        name: Some("uplink".to_owned()),
+        address: Some(Ipv4Addr::new(192, 0, 2, 1).into()),
+        mask: Some(Ipv4Addr::new(255, 255, 255, 0).into()),
+        ..TapSettings::default()
+    };
+    let uplink = match Tap::open(&tap, 1) {
+        Ok(tap) => tap,
+        Err(error) => {
+            println!("SKIP {test}: {error}");
+            return;
+        }
+    };
+    let routed = std::process::Command::new("ip")
+        .args(["route", "add", "default", "via", "192.0.2.2"])
+        .status();
+    if !routed.is_ok_and(|status| status.success()) {
+        println!("SKIP {test}: no `ip`");
+        return;
+    }
+    let cable = match passt::start(&["--ipv4-only".to_owned()]) {
+        Ok(cable) => cable,
+        Err(error) => {
+            println!("SKIP {test}: {error}");
+            return;
+        }
+    };
+    let mut station = Station::new(Net::new(settings(), cable), MRG_RXBUF);
+    station.post_many(16, 1526);
+    // Who has the gateway's address?
+    let mut question = [0xff; 6].to_vec();
+    question.extend(GUEST.0);
+    question.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    question.extend(GUEST.0);
+    question.extend([192, 0, 2, 1]);
+    question.extend([0; 6]);
+    question.extend([192, 0, 2, 2]);
+    question.extend([0; 18]);
+    station.send([0; HEADER], &question);
+    let answer = station.receive().frame;
+    assert_eq!(answer[..6], GUEST.0);
+    assert_eq!(answer[12..14], [8, 6]);
+    assert_eq!(answer[20..22], [0, 2], "an answer");
+    assert_eq!(answer[28..32], [192, 0, 2, 2]);
+    drop((station, uplink));
 }

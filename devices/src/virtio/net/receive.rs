@@ -17,8 +17,8 @@ use super::{
 
 /// How many frames are taken before other things get their turn.
 const AT_ONCE: usize = 256;
-/// The most buffers that are taken ahead: no system call takes more.
-const MOST_VECTORS: usize = 1024;
+/// From this many buffers on, no more are taken ahead. The longest frame takes fewer, if each has room for a header.
+const MOST_VECTORS: usize = 8192;
 
 /// How many chains of buffers a frame may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

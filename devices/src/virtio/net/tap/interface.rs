@@ -45,11 +45,18 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     }
 }
 
+/// How many queues an interface may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Queues {
+    One,
+    Many,
+}
+
 /// Makes `file` a queue of the tap interface `name`, which is made if there is none. Returns its name.
-pub(super) fn attach(file: &File, name: &str, multiqueue: bool) -> io::Result<String> {
+pub(super) fn attach(file: &File, name: &str, queues: Queues) -> io::Result<String> {
     let mut request = request(name);
     let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    if multiqueue {
+    if queues == Queues::Many {
         flags |= libc::IFF_MULTI_QUEUE;
     }
     request.ifr_ifru.ifru_flags = flags as libc::c_short;

@@ -22,7 +22,7 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_USO6,
 };
 
-use self::interface::Interface;
+use self::interface::{Interface, Queues};
 use super::{
     super::Buffers,
     backend::{Backend, Cable, FRAME, HEADER, Port, Received, Trouble},
@@ -69,8 +69,8 @@ pub enum TapError {
     Permission(String),
     /// Another process has it, or it was made for another number of queues.
     #[error(
-        "cannot use the tap interface {0}: {1}; it may be in use, or have been made with (or without) `multi_queue`, which \
-         more than one pair of queues needs (and one pair must not have)"
+        "cannot use the tap interface {0}: {1}; it may be in use, be something else than a tap interface, or have been made \
+         without `multi_queue`, which more than one pair of queues needs"
     )]
     Attach(String, #[source] io::Error),
     /// The name cannot be one.
@@ -152,7 +152,7 @@ impl Tap {
                 .open(TUN)
                 .map_err(TapError::Open)?;
             // The first one says what the kernel has called it.
-            name = interface::attach(&file, &name, queues > 1).map_err(|error| {
+            name = attach(&file, &name, queues).map_err(|error| {
                 if error.raw_os_error() == Some(libc::EPERM) {
                     TapError::Permission(name.clone())
                 } else {
@@ -168,6 +168,8 @@ impl Tap {
 
     /// Takes the interface that these descriptors are queues of. They stay open and are not taken over.
     ///
+    /// They must have been opened with `IFF_NO_PI`, which the kernel does not tell: its bit has another meaning there.
+    ///
     /// # Errors
     /// When they are not, or of the wrong sort.
     pub fn from_descriptors(descriptors: &[RawFd]) -> Result<Self, TapError> {
@@ -179,9 +181,6 @@ impl Tap {
             let missing = |missing| TapError::Flags { fd, missing };
             if flags & libc::IFF_TAP == 0 {
                 return Err(TapError::NotTap(fd));
-            }
-            if flags & libc::IFF_NO_PI == 0 {
-                return Err(missing("IFF_NO_PI"));
             }
             if flags & libc::IFF_VNET_HDR == 0 {
                 return Err(missing("IFF_VNET_HDR"));
@@ -415,6 +414,18 @@ impl Port for TapPort {
     fn discard(&mut self) {
         self.kept.clear();
     }
+}
+
+/// Makes `file` one of `queues` queues of the interface `name`; see [`interface::attach`].
+fn attach(file: &File, name: &str, queues: usize) -> io::Result<String> {
+    if queues > 1 {
+        return interface::attach(file, name, Queues::Many);
+    }
+    // An interface that was made for many queues is one for no others.
+    interface::attach(file, name, Queues::One).or_else(|error| match error.raw_os_error() {
+        Some(libc::EINVAL) => interface::attach(file, name, Queues::Many),
+        _ => Err(error),
+    })
 }
 
 fn trouble(error: io::Error) -> Trouble {
