@@ -14,6 +14,8 @@
 pub mod block;
 mod chain;
 pub mod net;
+mod announcer;
+pub mod console;
 pub mod pci;
 mod queue;
 pub mod rate_limiter;
@@ -26,6 +28,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+pub(crate) use announcer::Announcer;
 pub use chain::{Buffers, Chain};
 pub use queue::VirtQueue;
 pub use worker::{Handler, Poll, Worker};

@@ -63,6 +63,13 @@ impl VirtQueue {
         &self.kick
     }
 
+    /// As if the driver had kicked again: for a device that leaves requests in the queue to look at other events first, its
+    /// own end among them.
+    pub fn come_back(&self) {
+        // An eventfd that is full is readable, too.
+        let _ = self.kick.write(1);
+    }
+
     /// The rings themselves, for back ends that walk them on their own (vhost).
     #[must_use]
     pub fn ring(&self) -> &Queue {
