@@ -20,6 +20,7 @@ pub mod pci;
 mod queue;
 pub mod rate_limiter;
 pub mod rng;
+pub mod vsock;
 mod worker;
 
 use std::{io, sync::Arc};
