@@ -12,6 +12,8 @@
 //! that in a device that says it needs a reset. Nothing else happens to the machine.
 
 pub mod block;
+mod announcer;
+pub mod balloon;
 mod chain;
 pub mod net;
 mod announcer;
@@ -19,6 +21,7 @@ pub mod console;
 pub mod pci;
 mod queue;
 pub mod rate_limiter;
+mod reclaim;
 pub mod rng;
 pub mod vsock;
 mod worker;
@@ -32,6 +35,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub(crate) use announcer::Announcer;
 pub use chain::{Buffers, Chain};
 pub use queue::VirtQueue;
+pub use reclaim::{HostMemory, Reclaim};
 pub use worker::{Handler, Poll, Worker};
 
 /// What a device is, as the driver that is to be found for it knows it (virtio 1.3, section 5).
