@@ -12,6 +12,7 @@ mod ecam;
 mod host_bridge;
 pub mod msix;
 mod ports;
+mod pvpanic;
 mod window;
 
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub use config::{ConfigSpace, Identity};
 pub use ecam::Ecam;
 pub use host_bridge::HostBridge;
 pub use ports::ConfigPorts;
+pub use pvpanic::{GuestEvent, PVPANIC_BAR_LENGTH, PvPanic};
 pub use window::Window;
 
 /// Bytes of a function's configuration space.
