@@ -15,7 +15,8 @@ pub enum PowerRequest {
 
 /// The VMM's side of a reset or power-off request.
 ///
-/// Called on the thread of the processor that asked, from within its exit; the processor should not run again.
+/// Called on the thread of the processor that asked, from within its exit, after which the processor should not run again; or on
+/// the thread of a device that asks instead of the guest.
 pub trait PowerSwitch: Send + Sync {
     /// Takes note of `request`.
     fn request(&self, request: PowerRequest);

@@ -24,6 +24,7 @@ pub mod rate_limiter;
 mod reclaim;
 pub mod rng;
 pub mod vsock;
+pub mod watchdog;
 mod worker;
 
 use std::{io, sync::Arc};
