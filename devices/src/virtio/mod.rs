@@ -19,6 +19,7 @@ pub mod net;
 mod announcer;
 pub mod console;
 pub mod pci;
+pub mod pmem;
 mod queue;
 pub mod rate_limiter;
 mod reclaim;
