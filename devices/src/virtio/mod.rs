@@ -18,6 +18,7 @@ mod chain;
 pub mod net;
 mod announcer;
 pub mod console;
+pub mod mem;
 pub mod pci;
 pub mod pmem;
 mod queue;
