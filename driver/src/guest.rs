@@ -9,8 +9,11 @@ use std::{
 };
 
 use devices::virtio::{Activation, DeviceError, Notify, VirtQueue, VirtioDevice};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::{
+    eventfd::{EFD_NONBLOCK, EventFd},
+    tempfile::TempFile,
+};
 
 use crate::Ring;
 
@@ -120,6 +123,24 @@ impl<D: VirtioDevice> Guest<D> {
     #[must_use]
     pub fn new(device: D) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
+        Self::with_memory(device, memory)
+    }
+
+    /// A machine whose memory another process can be given, in two regions.
+    ///
+    /// # Panics
+    /// When the host has not what a machine needs.
+    #[must_use]
+    pub fn shared(device: D) -> Self {
+        let file = TempFile::new().expect("a temporary file").into_file();
+        file.set_len(MEMORY as u64).expect("a sparse file");
+        let low = MEMORY / 2;
+        let regions = [(0, low), (low, MEMORY - low)].map(|(start, length)| {
+            let file = file.try_clone().expect("a file");
+            let offset = FileOffset::new(file, start as u64);
+            (GuestAddress(start as u64), length, Some(offset))
+        });
+        let memory = GuestMemoryMmap::from_ranges_with_files(regions).expect("memory");
         Self::with_memory(device, memory)
     }
 
