@@ -11,20 +11,20 @@
 //! Everything in guest memory is hostile: a chain that breaks the rules of the queue ends in [`DeviceError::Malformed`], and
 //! that in a device that says it needs a reset. Nothing else happens to the machine.
 
-pub mod block;
 mod announcer;
 pub mod balloon;
+pub mod block;
 mod chain;
-pub mod net;
-mod announcer;
 pub mod console;
 pub mod mem;
+pub mod net;
 pub mod pci;
 pub mod pmem;
 mod queue;
 pub mod rate_limiter;
 mod reclaim;
 pub mod rng;
+pub mod vhost_user;
 pub mod vsock;
 pub mod watchdog;
 mod worker;
