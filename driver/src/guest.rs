@@ -197,7 +197,7 @@ impl<D: VirtioDevice> Guest<D> {
             );
             queues.push(Some(VirtQueue::new(
                 index,
-                ring.device_side(features & EVENT_IDX != 0),
+                ring.device_side(features & self.device.ring_features() & EVENT_IDX != 0),
                 self.memory.clone(),
                 kick,
                 Arc::clone(&self.interrupts) as _,
@@ -206,7 +206,7 @@ impl<D: VirtioDevice> Guest<D> {
         }
         let notify = Arc::clone(&self.interrupts) as _;
         self.device.activate(Activation {
-            features: features & (self.device.features() | EVENT_IDX),
+            features: features & (self.device.features() | self.device.ring_features()),
             memory: self.memory.clone(),
             queues,
             notify,

@@ -60,6 +60,12 @@ pub trait VirtioDevice: Send {
     /// Feature bits of its own kind. Those of the ring and the transport are not its business.
     fn features(&self) -> u64;
 
+    /// Feature bits of the rings, as far as whoever works on them knows them: all that a [`VirtQueue`] does, unless that is
+    /// somebody else.
+    fn ring_features(&self) -> u64 {
+        VirtQueue::FEATURES
+    }
+
     /// The largest size of each queue; each a power of two.
     fn queue_sizes(&self) -> Vec<u16>;
 

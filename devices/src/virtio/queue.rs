@@ -5,6 +5,9 @@ use std::sync::{
     atomic::{Ordering, fence},
 };
 
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,6 +29,9 @@ pub struct VirtQueue {
 }
 
 impl VirtQueue {
+    /// What the rings can do: `VIRTIO_F_EVENT_IDX` and `VIRTIO_F_INDIRECT_DESC`.
+    pub const FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
     /// Queue `index` of a device. `ring` is ready and valid.
     #[must_use]
     pub fn new(

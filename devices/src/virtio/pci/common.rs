@@ -25,9 +25,8 @@ const HALF: u64 = 4;
 
 /// `VIRTIO_F_VERSION_1`: everything else is too old for this transport.
 const VERSION_1: u64 = 1 << 32;
-/// `VIRTIO_F_EVENT_IDX` and `VIRTIO_F_INDIRECT_DESC`: what every queue can do.
+/// `VIRTIO_F_EVENT_IDX`.
 const EVENT_IDX: u64 = 1 << 29;
-const INDIRECT: u64 = 1 << 28;
 
 const FEATURES_OK: u8 = 8;
 const DRIVER_OK: u8 = 4;
@@ -53,10 +52,10 @@ pub(super) struct Common {
 }
 
 impl Common {
-    /// For a device with these features of its own and queues of these sizes.
+    /// For a device with these features, its rings' among them, and queues of these sizes.
     pub(super) fn new(features: u64, sizes: &[u16]) -> Self {
         Self {
-            offered: features | VERSION_1 | EVENT_IDX | INDIRECT,
+            offered: features | VERSION_1,
             accepted: 0,
             device_feature_select: 0,
             driver_feature_select: 0,

@@ -151,7 +151,8 @@ impl VirtioPci {
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
         let notify = Arc::new(PciNotify::new(Arc::clone(&msix), sizes.len()));
-        let common = Common::new(device.features(), &sizes);
+        let features = device.features() | device.ring_features();
+        let common = Common::new(features, &sizes);
         Ok(Self {
             name: name.into(),
             memory: environment.memory,
