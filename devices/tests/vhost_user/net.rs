@@ -17,6 +17,8 @@ const MAC_BIT: u64 = 1 << 5;
 const STATUS: u64 = 1 << 16;
 const CTRL_VQ: u64 = 1 << 17;
 const MQ: u64 = 1 << 22;
+/// `VIRTIO_F_EVENT_IDX`.
+const EVENT_IDX: u64 = 1 << 29;
 
 fn connect(socket: PathBuf, pairs: u16) -> Net {
     Net::connect(socket, MAC, Some(9000), pairs, 64).expect("a back end")
@@ -44,11 +46,12 @@ fn packets_go_out_and_come_in() {
     let echo = Echo::listen(&folder.as_path().join("socket"), 1);
     let mut guest = Guest::shared(connect(echo.socket.clone(), 1));
     assert_eq!(guest.device.features(), MTU | MAC_BIT | STATUS);
+    assert_eq!(guest.device.ring_features(), EVENT_IDX, "and not indirect");
     let mut config = MAC.to_vec();
     config.extend([1, 0, 1, 0]);
     config.extend(9000_u16.to_le_bytes());
     assert_eq!(guest.config(0, 12), config);
-    for features in [0, 1 << 29] {
+    for features in [0, EVENT_IDX] {
         guest.activate(features | MAC_BIT | STATUS);
         let (mut receiver, mut sender) = (guest.ring(0), guest.ring(1));
         for length in [60, 1514] {
@@ -117,7 +120,7 @@ fn the_link_is_down_while_the_back_end_is_away() {
     let _echo = Echo::listen(&socket, 1);
     // Sent while nobody is there.
     round_trip(&mut guest, &mut receiver, &mut sender, &[2; 60]);
-    assert!(is_up(&guest));
+    wait_until("up", || is_up(&guest));
     round_trip(&mut guest, &mut receiver, &mut sender, &[3; 60]);
     assert_eq!(guest.interrupts().reset_count(), 0);
 }

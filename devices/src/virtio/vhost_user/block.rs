@@ -82,6 +82,10 @@ impl VirtioDevice for Block {
         self.features
     }
 
+    fn ring_features(&self) -> u64 {
+        self.link.ring_features()
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         vec![self.queue_size; self.queues.into()]
     }

@@ -85,6 +85,10 @@ impl VirtioDevice for Fs {
         0
     }
 
+    fn ring_features(&self) -> u64 {
+        self.link.ring_features()
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         vec![self.queue_size; usize::from(self.request_queues) + 1]
     }

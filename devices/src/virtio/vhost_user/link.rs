@@ -10,7 +10,7 @@ use super::{
     backend::{Backend, Needs, Running},
     watch::{Role, Watch},
 };
-use crate::virtio::{DeviceError, Worker};
+use crate::virtio::{DeviceError, VirtQueue, Worker};
 
 /// How long a back end is waited for that is started together with the machine.
 const START: Duration = Duration::from_secs(3);
@@ -20,6 +20,8 @@ pub(super) struct Link<R> {
     name: String,
     socket: PathBuf,
     needs: Needs,
+    /// What the back end at the start could do with rings.
+    ring_features: u64,
     state: State<R>,
 }
 
@@ -48,9 +50,15 @@ impl<R: Role> Link<R> {
             name: name.to_owned(),
             socket,
             needs,
+            ring_features: backend.features() & VirtQueue::FEATURES,
             state: State::Idle(Some(backend)),
         };
         Ok((link, seen))
+    }
+
+    /// What the driver may use of the rings' features.
+    pub(super) fn ring_features(&self) -> u64 {
+        self.ring_features
     }
 
     /// Puts the back end to work on `running`. One that has gone since the last time is connected to again.

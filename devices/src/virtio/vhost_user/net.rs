@@ -112,6 +112,10 @@ impl VirtioDevice for Net {
         self.features
     }
 
+    fn ring_features(&self) -> u64 {
+        self.link.ring_features()
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         let mut sizes = vec![self.queue_size; 2 * usize::from(self.pairs)];
         if self.pairs > 1 {
