@@ -2,7 +2,8 @@
 //! fuzzers.
 //!
 //! [`Guest`] is a machine with some memory and one device in it. It lays out rings, activates the device and takes its
-//! interrupts; a [`Ring`] is one of its queues, filled as an ordinary driver would fill it, or as none ever should.
+//! interrupts; a [`Ring`] is one of its queues, filled as an ordinary driver would fill it, or as none ever should. [`drive`] is a
+//! driver that bytes lead, for fuzzing.
 //!
 //! ```
 //! use devices::virtio::rng::Rng;
@@ -17,8 +18,10 @@
 //! assert_eq!(ring.wait(), (head, 64));
 //! ```
 
+mod drive;
 mod guest;
 mod ring;
 
+pub use drive::drive;
 pub use guest::{Guest, Interrupts};
 pub use ring::{Raw, Ring};

@@ -1,13 +1,19 @@
 //! A split virtqueue from the driver's side (virtio 1.3, section 2.7).
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::Ordering},
+};
 
 use virtio_bindings::bindings::virtio_ring::{
     VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::EventFd,
+};
 
 use crate::Interrupts;
 
@@ -228,6 +234,13 @@ impl Ring {
     /// Tells the device that there is something in the queue.
     pub fn kick(&self) {
         self.kick.write(1).expect("an eventfd");
+    }
+
+    /// Adds the kicks that the device has not seen yet to what `poll` waits for.
+    pub(crate) fn watch_kicks(&self, poll: &Epoll) {
+        let event = EpollEvent::new(EventSet::IN, self.index.into());
+        poll.ctl(ControlOperation::Add, self.kick.as_raw_fd(), event)
+            .expect("an eventfd");
     }
 
     /// The next used chain, if there is one: its head, and how many bytes the device says to have written.
