@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
+    time::{Duration, Instant},
 };
 
 use devices::virtio::{
@@ -73,6 +74,18 @@ fn has_thread(name: &str) -> bool {
     })
 }
 
+/// Waits for a thread of this name: a thread that was started names itself when it first runs.
+fn gets_thread(name: &str) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !has_thread(name) {
+        if Instant::now() > deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
 fn named(name: &str) -> BlockConfig {
     BlockConfig {
         name: name.to_owned(),
@@ -89,8 +102,8 @@ fn a_host_without_io_uring_has_threads() {
     let test = thread::spawn(move || {
         forbid_io_uring();
         let mut disk = Disk::with(open(&ImageOptions::new(&path)).unwrap(), named("nor"), ALL);
-        assert!(has_thread("nor-q0") && has_thread("nor-q1"));
-        assert!(has_thread("nor-q0-io0"));
+        assert!(gets_thread("nor-q0") && gets_thread("nor-q1"));
+        assert!(gets_thread("nor-q0-io0"));
         exercise(&mut disk, &path);
         disk.guest.device.reset();
         assert!(!has_thread("nor-q0") && !has_thread("nor-q0-io0"));
@@ -107,7 +120,8 @@ fn io_uring_needs_no_threads() {
         return;
     }
     let image = open(&ImageOptions::new(&path)).unwrap();
-    let _disk = Disk::with(image, named("ring"), ALL);
+    let mut disk = Disk::with(image, named("ring"), ALL);
+    exercise(&mut disk, &path);
     assert!(has_thread("ring-q0") && !has_thread("ring-q0-io0"));
 }
 
