@@ -5,7 +5,9 @@ use std::{error::Error, path::PathBuf, str::FromStr, time::Instant};
 use clap::Args;
 use scheduler::{SchedMode, VmPolicy, policy::CpusOption};
 use vmm::{
-    config::{CpusConfig, MemoryConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig},
+    config::{
+        CpusConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig,
+    },
     control::{self, Ended, RunError},
     partition::PartitionError,
     report::Report,
@@ -86,6 +88,7 @@ impl Run {
             memory: self.memory,
             serial: self.serial,
             rng: self.devices.rng,
+            net: self.devices.net,
             scheduling,
         };
         let result = control::run(&config, &mut report);
@@ -137,6 +140,10 @@ struct DeviceArguments {
     /// Randomness for the guest: src=PATH, for instance src=/dev/urandom
     #[arg(long, value_name = "OPTIONS")]
     rng: Option<RngConfig>,
+    /// A network device, once for each: tap=NAME, fd=N, socket=PATH or passt, with mac=…, ip=…, mask=…, mtu=…,
+    /// num_queues=N, vhost=on and others
+    #[arg(long, value_name = "OPTIONS")]
+    net: Vec<NetConfig>,
 }
 
 #[derive(Args)]

@@ -19,7 +19,13 @@ use vm_allocator::{AddressAllocator, AllocPolicy};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{config::VmConfig, interrupts::Routes, layout, partition::Partition};
+use crate::{
+    config::VmConfig,
+    interrupts::Routes,
+    layout,
+    network::{self, NetworkError},
+    partition::Partition,
+};
 
 /// Why a device cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +47,14 @@ pub enum PeripheralError {
         device: String,
         /// What the host said.
         source: io::Error,
+    },
+    /// A network device.
+    #[error("{device}")]
+    Net {
+        /// The device.
+        device: String,
+        /// Why.
+        source: NetworkError,
     },
     /// There is no place for it.
     #[error("{device}: no room for its registers in the guest's PCI window")]
@@ -70,6 +84,14 @@ pub(crate) fn plug_all(plug: &Plug, config: &VmConfig) -> Result<(), PeripheralE
             source,
         })?;
         plug.virtio("rng", Box::new(device))?;
+    }
+    for (index, net) in config.net.iter().enumerate() {
+        let name = net.id.clone().unwrap_or_else(|| format!("net{index}"));
+        let device = network::device(&name, net).map_err(|source| PeripheralError::Net {
+            device: name.clone(),
+            source,
+        })?;
+        plug.virtio(&name, Box::new(device))?;
     }
     Ok(())
 }

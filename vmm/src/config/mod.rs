@@ -3,7 +3,9 @@
 //! Field names are those of the cloud-hypervisor API, so that its users find them where they expect them. The options of
 //! the command line (`boot=2`, `size=512M,shared=on`) parse straight into the same types; defaults live here alone.
 
+mod net;
 mod options;
+mod rate_limiter;
 mod rng;
 
 use std::{path::PathBuf, str::FromStr};
@@ -13,6 +15,8 @@ use serde::{Deserialize, Serialize};
 use self::options::{keys, number, size, switch};
 use crate::scheduling::SchedulingConfig;
 
+pub use net::{NetConfig, PasstConfig};
+pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 pub use rng::RngConfig;
 
 /// The most VPs a VM may have: what `MSHV_CREATE_VP` of `mshv-ioctls` can name.
@@ -40,6 +44,9 @@ pub struct VmConfig {
     /// The entropy device.
     #[serde(default)]
     pub rng: Option<RngConfig>,
+    /// Network devices.
+    #[serde(default)]
+    pub net: Vec<NetConfig>,
     /// Where and when its vCPUs run.
     #[serde(default)]
     pub scheduling: SchedulingConfig,
@@ -168,6 +175,12 @@ pub enum ConfigError {
         /// Its value.
         value: String,
     },
+    /// Brackets that do not fit together.
+    #[error("'{0}': a bracket is missing or one too many")]
+    Brackets(String),
+    /// Something about a network device.
+    #[error("net: {0}")]
+    Net(String),
     /// A serial mode that does not exist.
     #[error("'{0}' is not one of tty, file=PATH, pty, off, null")]
     NotASerialMode(String),
@@ -247,7 +260,7 @@ impl VmConfig {
         if (self.serial.mode == SerialMode::File) != self.serial.file.is_some() {
             return Err(ConfigError::SerialFile);
         }
-        Ok(())
+        self.net.iter().try_for_each(NetConfig::validate)
     }
 }
 
@@ -319,6 +332,7 @@ mod tests {
             memory: MemoryConfig::default(),
             serial: SerialConfig::default(),
             rng: None,
+            net: Vec::new(),
             scheduling: SchedulingConfig::default(),
         }
     }

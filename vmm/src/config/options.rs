@@ -1,15 +1,15 @@
-//! The options of the command line: `key=value,key=value`.
+//! The options of the command line: `key=value,key=[value,value]`.
 
 use super::ConfigError;
 
-/// Splits `a=1,b=2` and hands back the values in the order of `names`.
+/// Splits `a=1,b=[2,3]` and hands back the values in the order of `names`.
 pub(super) fn keys<'a, const N: usize>(
     text: &'a str,
     names: [&str; N],
     known: &'static str,
 ) -> Result<[Option<&'a str>; N], ConfigError> {
     let mut values = [None; N];
-    for part in text.split(',') {
+    for part in parts(text)? {
         let (key, value) = part
             .split_once('=')
             .ok_or_else(|| ConfigError::NotKeyValue(part.to_owned()))?;
@@ -26,6 +26,39 @@ pub(super) fn keys<'a, const N: usize>(
         }
     }
     Ok(values)
+}
+
+/// The parts between commas; a comma in brackets is none.
+fn parts(text: &str) -> Result<Vec<&str>, ConfigError> {
+    let mut parts = Vec::new();
+    let (mut start, mut open) = (0, false);
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            b'[' if !open => open = true,
+            b']' if open => open = false,
+            b'[' | b']' => return Err(ConfigError::Brackets(text.to_owned())),
+            b',' if !open => {
+                parts.push(&text[start..at]);
+                start = at + 1;
+            }
+            _ => (),
+        }
+    }
+    if open {
+        return Err(ConfigError::Brackets(text.to_owned()));
+    }
+    parts.push(&text[start..]);
+    Ok(parts)
+}
+
+/// The values in `[a,b]`, or the one that `a` is.
+pub(super) fn list(text: &str) -> impl Iterator<Item = &str> {
+    text.strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'))
+        .unwrap_or(text)
+        .split(',')
+        .map(str::trim)
+        .filter(|value| !value.is_empty())
 }
 
 pub(super) fn number(key: &'static str, value: &str) -> Result<u32, ConfigError> {
@@ -70,6 +103,19 @@ pub(super) fn size(text: &str) -> Result<u64, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn commas_in_brackets_do_not_split() {
+        let values = keys("a=[1, 2],b=3", ["b", "a"], "a, b");
+        assert_eq!(values, Ok([Some("3"), Some("[1, 2]")]));
+        assert!(list("[1, 2]").eq(["1", "2"]));
+        assert!(list("1").eq(["1"]));
+        assert!(list("[]").next().is_none());
+        for text in ["a=[1", "a=1]", "a=[[1]]", "]a=["] {
+            let error = keys(text, ["a"], "a");
+            assert_eq!(error, Err(ConfigError::Brackets(text.to_owned())));
+        }
+    }
 
     #[test]
     fn sizes() {

@@ -13,13 +13,15 @@ use crate::error::{Context, Error, Result};
 use crate::kernel::Kernel;
 use crate::shared_libraries;
 
-/// The modules the lab loads: KVM, and virtio for its ports and shared folders.
+/// The modules the lab loads: KVM, virtio for its ports and shared folders, and what guests' networks are made of.
 pub(super) const MODULES: &[&str] = &[
     "kvm-amd",
     "virtio-pci",
     "virtio-console",
     "9pnet-virtio",
     "9p",
+    "tun",
+    "vhost-net",
 ];
 
 /// A file or folder of the host that the lab sees.
