@@ -8,6 +8,7 @@
 //! | `ROTA_BOOT_TIMEOUT` | seconds a boot may take | 120 |
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -138,6 +139,31 @@ pub fn bootable() -> Result<(), String> {
         found = Err("whole kernels need the real device or the lab".into());
     }
     requires::demanded("boot", found)
+}
+
+/// Tap interfaces can be made.
+///
+/// # Errors
+/// Why not.
+pub fn tap_interfaces() -> Result<(), String> {
+    openable("/dev/net/tun")
+}
+
+/// The kernel works on the queues of network devices.
+///
+/// # Errors
+/// Why not.
+pub fn vhost_net() -> Result<(), String> {
+    openable("/dev/vhost-net")
+}
+
+fn openable(path: &str) -> Result<(), String> {
+    fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map(drop)
+        .map_err(|error| format!("{path}: {error}"))
 }
 
 /// The longest time a guest may take to do what a test waits for.

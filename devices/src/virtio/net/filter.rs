@@ -77,7 +77,7 @@ impl Addresses {
 
 /// What is let through to the guest.
 #[derive(Clone, Debug)]
-pub(super) struct Filter {
+pub struct Filter {
     address: MacAddr,
     modes: u8,
     unicast: Addresses,
@@ -88,7 +88,8 @@ pub(super) struct Filter {
 
 impl Filter {
     /// A filter that lets everything through until the driver says otherwise.
-    pub(super) fn open(address: MacAddr) -> Self {
+    #[must_use]
+    pub fn open(address: MacAddr) -> Self {
         Self {
             address,
             modes: 1 << Mode::Promiscuous as u8,

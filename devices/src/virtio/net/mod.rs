@@ -14,11 +14,11 @@
 pub mod backend;
 mod control;
 pub mod features;
-mod filter;
+pub mod filter;
 mod io;
 pub mod mac;
 mod pair;
-mod receive;
+pub mod receive;
 mod shared;
 pub mod stream;
 pub mod tap;

@@ -5,6 +5,7 @@
 
 use std::{collections::VecDeque, io, sync::Arc};
 
+use arc_swap::ArcSwap;
 use tracing::debug;
 use virtio_queue::QueueT;
 
@@ -12,7 +13,6 @@ use super::{
     super::{Buffers, Chain, DeviceError, VirtQueue, rate_limiter::Gate},
     backend::{HEADER, NUM_BUFFERS, Port, Received, Trouble},
     filter::Filter,
-    shared::Shared,
 };
 
 /// How many frames are taken before other things get their turn.
@@ -22,7 +22,7 @@ const MOST_VECTORS: usize = 8192;
 
 /// How many chains of buffers a frame may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Chains {
+pub enum Chains {
     /// One, in which it fits or is lost.
     One,
     /// As many as it needs (`VIRTIO_NET_F_MRG_RXBUF`).
@@ -31,7 +31,7 @@ pub(super) enum Chains {
 
 /// Why no more frames are received for now.
 #[derive(Debug)]
-pub(super) enum Pause {
+pub enum Pause {
     /// There are none.
     NoFrames,
     /// The driver has not made enough buffers available; it will kick.
@@ -51,7 +51,7 @@ struct Held {
 }
 
 /// The receive queue of a pair.
-pub(super) struct Receiver {
+pub struct Receiver {
     queue: VirtQueue,
     chain: Chain,
     room: Buffers,
@@ -63,17 +63,19 @@ pub(super) struct Receiver {
     gate: Gate,
     /// A packet of so many bytes is in the room, but not yet let through by the gate.
     waiting: Option<usize>,
-    shared: Arc<Shared>,
+    filter: Arc<ArcSwap<Filter>>,
 }
 
 impl Receiver {
-    /// Receives into `queue`, at the rate that `gate` admits. Packets usually take no more than `usual` bytes.
-    pub(super) fn new(
+    /// Receives what passes `filter` into `queue`, at the rate that `gate` admits. Packets usually take no more than `usual`
+    /// bytes.
+    #[must_use]
+    pub fn new(
         queue: VirtQueue,
         chains: Chains,
         usual: usize,
         gate: Gate,
-        shared: Arc<Shared>,
+        filter: Arc<ArcSwap<Filter>>,
     ) -> Self {
         Self {
             chain: queue.chain(),
@@ -85,7 +87,7 @@ impl Receiver {
             usual,
             gate,
             waiting: None,
-            shared,
+            filter,
         }
     }
 
@@ -98,7 +100,10 @@ impl Receiver {
     }
 
     /// Receives what `port` has. The driver hears of it.
-    pub(super) fn run(&mut self, port: &mut dyn Port) -> Result<Pause, DeviceError> {
+    ///
+    /// # Errors
+    /// When the driver has broken a rule, or the host cannot go on.
+    pub fn run(&mut self, port: &mut dyn Port) -> Result<Pause, DeviceError> {
         if self.gate.is_closed() {
             return Ok(Pause::Rate);
         }
@@ -109,8 +114,8 @@ impl Receiver {
     }
 
     fn receive(&mut self, port: &mut dyn Port) -> Result<Pause, DeviceError> {
-        let shared = Arc::clone(&self.shared);
-        let filter = shared.filter.load();
+        let filters = Arc::clone(&self.filter);
+        let filter = filters.load();
         let mut needed = 0;
         for _ in 0..AT_ONCE {
             if let Some(length) = self.waiting.take()

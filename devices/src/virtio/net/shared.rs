@@ -1,7 +1,7 @@
 //! What the threads of a network device share.
 
 use std::sync::{
-    Mutex, PoisonError,
+    Arc, Mutex, PoisonError,
     atomic::{AtomicBool, Ordering},
 };
 
@@ -12,7 +12,7 @@ use super::{super::Notify, filter::Filter, mac::MacAddr};
 /// State that more than one thread of a device looks at.
 pub(super) struct Shared {
     /// What is let through to the guest.
-    pub(super) filter: ArcSwap<Filter>,
+    pub(super) filter: Arc<ArcSwap<Filter>>,
     address: Mutex<MacAddr>,
     connected: AtomicBool,
 }
@@ -20,7 +20,7 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn new(address: MacAddr) -> Self {
         Self {
-            filter: ArcSwap::from_pointee(Filter::open(address)),
+            filter: Arc::new(ArcSwap::from_pointee(Filter::open(address))),
             address: Mutex::new(address),
             connected: AtomicBool::new(true),
         }

@@ -78,7 +78,7 @@ impl Datapath for Threads {
                 start.chains,
                 start.usual,
                 gate(&receiving)?,
-                Arc::clone(start.shared),
+                Arc::clone(&start.shared.filter),
             );
             let transmitter = Transmitter::new(tx, gate(&sending)?);
             let port = self

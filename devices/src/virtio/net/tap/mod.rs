@@ -253,7 +253,9 @@ impl Tap {
             interface.set_mtu(mtu).map_err(configure("set the MTU"))?;
         }
         if !interface.is_up().map_err(configure("read the state"))? {
-            interface.set_up().map_err(configure("change the state"))?;
+            interface
+                .set_up()
+                .map_err(configure("set the state (as `ip link set NAME up` does)"))?;
         }
         let how = if existed { "uses" } else { "made" };
         info!(
