@@ -101,6 +101,22 @@ impl Buffers {
 
     /// Moves the last `count` bytes (at most all) into `tail`, in place of what that held.
     pub fn split_back(&mut self, count: usize, tail: &mut Self) {
+        let within = |last: &&mut libc::iovec| count > 0 && last.iov_len >= count;
+        if let Some(last) = self.vectors.last_mut().filter(within) {
+            tail.restart(&self.memory);
+            tail.length = count;
+            self.length -= count;
+            last.iov_len -= count;
+            tail.vectors.push(libc::iovec {
+                // SAFETY: behind what is left of the last buffer come the bytes taken off it.
+                iov_base: unsafe { last.iov_base.byte_add(last.iov_len) },
+                iov_len: count,
+            });
+            if last.iov_len == 0 {
+                self.vectors.pop();
+            }
+            return;
+        }
         let front = self.length - count.min(self.length);
         self.split_front(front, tail);
         std::mem::swap(self, tail);
@@ -159,7 +175,9 @@ impl Buffers {
     /// Empties `self`, to hold buffers in `memory` from now on.
     fn restart(&mut self, memory: &Arc<GuestMemoryMmap>) {
         self.clear();
-        self.memory = Arc::clone(memory);
+        if !Arc::ptr_eq(&self.memory, memory) {
+            self.memory = Arc::clone(memory);
+        }
     }
 
     fn add(&mut self, descriptor: &Descriptor) -> Result<(), DeviceError> {
