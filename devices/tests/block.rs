@@ -404,6 +404,22 @@ fn zeroes_stay_in_place_where_space_cannot_be_given_back() {
 }
 
 #[test]
+fn a_disk_that_is_not_sparse_keeps_its_space() {
+    let image = MemoryImage::new(SIZE);
+    let config = devices::virtio::block::BlockConfig {
+        unmap: Unmap::Forbidden,
+        ..config()
+    };
+    let mut disk = Disk::with(Arc::new(Shared(Arc::clone(&image))), config, ALL);
+    assert_eq!(disk.guest.device.features() & F_DISCARD, 0);
+    assert_eq!(disk.guest.config(36, 12), [0; 12]);
+    assert_eq!(disk.guest.config(56, 1), [0], "write_zeroes_may_unmap");
+    assert_eq!(disk.clear(DISCARD, &[(0, 8, 0)]), UNSUPP);
+    assert_eq!(disk.clear(WRITE_ZEROES, &[(0, 8, 1)]), OK);
+    assert_eq!(image.log(), [Action::WriteZeroes(Unmap::Forbidden)]);
+}
+
+#[test]
 fn what_was_not_agreed_on_or_is_not_known_is_not_supported() {
     let image = MemoryImage::new(SIZE);
     let mut disk = disk_with(&image, ALL & !F_DISCARD & !F_WRITE_ZEROES);

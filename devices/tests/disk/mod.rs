@@ -16,7 +16,7 @@ use std::{
 use devices::virtio::{
     block::{
         Block, BlockConfig,
-        backend::{Access, Action, Backend, Completion, Geometry, Image, Job},
+        backend::{Access, Action, Backend, Completion, Geometry, Image, Job, Unmap},
         image::{ImageOptions, open},
     },
     rate_limiter::RateLimiter,
@@ -52,6 +52,7 @@ pub fn config() -> BlockConfig {
         queues: 1,
         queue_size: 128,
         serial: "rota-disk".to_owned(),
+        unmap: Unmap::Allowed,
         limits: RateLimiter::default(),
     }
 }

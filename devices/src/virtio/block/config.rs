@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::{
-    backend::{Access, Geometry},
+    backend::{Access, Geometry, Unmap},
     request::{MOST_SEGMENT_SECTORS, MOST_SEGMENTS, SECTOR},
 };
 
@@ -43,6 +43,7 @@ pub(super) fn features(geometry: &Geometry, access: Access, queues: u16) -> u64 
 /// The configuration of a disk as it lies in memory.
 pub(super) struct Space {
     pub(super) geometry: Geometry,
+    pub(super) unmap: Unmap,
     /// Bytes of the disk.
     pub(super) capacity: u64,
     pub(super) queues: u16,
@@ -76,7 +77,7 @@ impl Space {
         if geometry.can_write_zeroes {
             put(48, &MOST_SEGMENT_SECTORS.to_le_bytes());
             put(52, &MOST_SEGMENTS.to_le_bytes());
-            put(56, &[1]);
+            put(56, &[(self.unmap == Unmap::Allowed).into()]);
         }
         bytes
     }

@@ -34,8 +34,9 @@ use super::{
     Activation, DeviceError, DeviceKind, Notify, VirtioDevice, Worker, rate_limiter::RateLimiter,
     read_bytes,
 };
-use backend::{Geometry, Image};
+use backend::{Geometry, Image, Unmap};
 use queue::QueueHandler;
+use request::Rules;
 use virtio_queue::QueueT;
 
 /// What names a disk to the driver, padded with zeroes.
@@ -52,6 +53,8 @@ pub struct BlockConfig {
     pub queue_size: u16,
     /// What the driver can ask for to know the disk again; 20 bytes are seen.
     pub serial: String,
+    /// Whether the driver may give space back to the host.
+    pub unmap: Unmap,
     /// What the driver may do per time.
     pub limits: RateLimiter,
 }
@@ -82,7 +85,10 @@ impl Block {
     /// # Errors
     /// When the host cannot say how large the image is.
     pub fn new(image: Arc<dyn Image>, config: BlockConfig) -> io::Result<Self> {
-        let geometry = image.geometry();
+        let mut geometry = image.geometry();
+        if config.unmap == Unmap::Forbidden {
+            geometry.discard_granularity = None;
+        }
         let mut serial = Serial::default();
         for (to, from) in serial.iter_mut().zip(config.serial.bytes()) {
             *to = from;
@@ -118,6 +124,7 @@ impl Block {
     fn space(&self) -> config::Space {
         config::Space {
             geometry: self.disk.geometry,
+            unmap: self.config.unmap,
             capacity: self.disk.capacity.load(Ordering::Acquire),
             queues: self.config.queues,
             queue_size: self.config.queue_size,
@@ -240,7 +247,7 @@ impl VirtioDevice for Block {
                 backend,
                 gate,
                 Arc::clone(&self.disk),
-                driver.features,
+                Rules::new(&self.disk, self.config.unmap, driver.features),
             );
             let worker = Worker::spawn(&name, handler, Arc::clone(&driver.notify))
                 .map_err(DeviceError::host("cannot start a thread"))?;

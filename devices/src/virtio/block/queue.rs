@@ -95,20 +95,10 @@ impl QueueHandler {
         backend: Box<dyn Backend>,
         gate: Gate,
         disk: Arc<Disk>,
-        features: u64,
+        rules: Rules,
     ) -> Self {
         let size = queue.ring().size();
         let slots = (0..size).map(|_| Slot::new(&queue)).collect();
-        let alignment = match disk.geometry.memory_alignment {
-            1 => 1,
-            _ => disk.geometry.block_size,
-        };
-        let rules = Rules {
-            capacity: 0,
-            access: disk.image.access(),
-            features,
-            alignment: alignment.into(),
-        };
         Self {
             name,
             queue,

@@ -7,7 +7,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::backend::{Access, Unmap};
+use super::{
+    Disk,
+    backend::{Access, Unmap},
+};
 use crate::virtio::{Buffers, Chain, DeviceError};
 
 /// Bytes of a sector, which is what the driver counts in.
@@ -54,11 +57,13 @@ pub(super) struct Rules {
     pub(super) features: u64,
     /// What offsets and lengths of data must be multiples of.
     pub(super) alignment: u64,
+    /// Whether space may be given back.
+    pub(super) unmap: Unmap,
 }
 
 impl Request {
-    /// Reads the request in `chain`. The header goes to `header` and the status byte to `status`, so that what is left in
-    /// `chain` is the data.
+    /// Reads the request in `chain`. The header goes to `header` (unless there is no data behind it) and the status byte to
+    /// `status`, so that what is left in `chain` is the data.
     ///
     /// # Errors
     /// When there is no room for a status.
@@ -72,12 +77,14 @@ impl Request {
             return Err(DeviceError::Malformed("a request without a status byte"));
         }
         chain.writable.split_back(1, status);
-        chain.readable.split_front(HEADER, header);
-        let Some(bytes) = header.array_at::<HEADER>(0) else {
+        let Some(bytes) = chain.readable.array_at::<HEADER>(0) else {
             return Ok(Self::Answered(Status::Failed));
         };
         let [a, b, c, d, _, _, _, _, sector @ ..] = bytes;
         let (kind, sector) = (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(sector));
+        if kind != VIRTIO_BLK_T_IN {
+            chain.readable.split_front(HEADER, header);
+        }
         Ok(Self::parse(kind, sector, chain, rules))
     }
 
@@ -116,6 +123,21 @@ impl Request {
 }
 
 impl Rules {
+    /// Those for a driver of `disk` that has agreed on `features`.
+    pub(super) fn new(disk: &Disk, unmap: Unmap, features: u64) -> Self {
+        let alignment = match disk.geometry.memory_alignment {
+            1 => 1,
+            _ => disk.geometry.block_size,
+        };
+        Self {
+            capacity: 0,
+            access: disk.image.access(),
+            features,
+            alignment: alignment.into(),
+            unmap,
+        }
+    }
+
     /// The offset of `length` bytes of data at `sector`, if they are on the disk.
     fn data(&self, sector: u64, length: usize) -> Option<u64> {
         let length = u64::try_from(length).ok()?;
@@ -176,7 +198,7 @@ impl Segment {
             length,
             unmap: match flags {
                 0 => Unmap::Forbidden,
-                _ => Unmap::Allowed,
+                _ => rules.unmap,
             },
         }))
     }
