@@ -6,7 +6,8 @@ use clap::Args;
 use scheduler::{SchedMode, VmPolicy, policy::CpusOption};
 use vmm::{
     config::{
-        CpusConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig,
+        CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig,
+        VmConfig,
     },
     control::{self, Ended, RunError},
     partition::PartitionError,
@@ -87,6 +88,7 @@ impl Run {
             cpus: self.cpus.config,
             memory: self.memory,
             serial: self.serial,
+            disks: self.devices.disk,
             rng: self.devices.rng,
             net: self.devices.net,
             scheduling,
@@ -137,6 +139,13 @@ impl FromStr for Cpus {
 #[derive(Args)]
 #[command(next_help_heading = "Devices")]
 struct DeviceArguments {
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        help = "A disk (may be given again): path=PATH[,readonly=on|off][,direct=on|off][,num_queues=N][,queue_size=N][,id=NAME][,serial=TEXT][,image_type=raw|qcow2][,backing_files=on|off][,sparse=on|off][,bw_size=BYTES,bw_refill_time=MS[,bw_one_time_burst=BYTES]][,ops_size=N,ops_refill_time=MS[,ops_one_time_burst=N]]"
+    )]
+    disk: Vec<DiskConfig>,
     /// Randomness for the guest: src=PATH, for instance src=/dev/urandom
     #[arg(long, value_name = "OPTIONS")]
     rng: Option<RngConfig>,

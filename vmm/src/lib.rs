@@ -21,7 +21,7 @@ mod interrupts;
 pub mod layout;
 pub mod memory;
 pub mod metrics;
-pub mod network;
+
 pub mod partition;
 pub mod peripherals;
 pub mod report;

@@ -3,6 +3,7 @@
 //! Field names are those of the cloud-hypervisor API, so that its users find them where they expect them. The options of
 //! the command line (`boot=2`, `size=512M,shared=on`) parse straight into the same types; defaults live here alone.
 
+mod disk;
 mod net;
 mod options;
 mod rate_limiter;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use self::options::{keys, number, size, switch};
 use crate::scheduling::SchedulingConfig;
 
+pub use disk::{DiskConfig, ImageType};
 pub use net::{NetConfig, PasstConfig};
 pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 pub use rng::RngConfig;
@@ -41,6 +43,9 @@ pub struct VmConfig {
     /// The serial port (COM1).
     #[serde(default)]
     pub serial: SerialConfig,
+    /// Disks, in the order of their places on the bus.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
     /// The entropy device.
     #[serde(default)]
     pub rng: Option<RngConfig>,
@@ -214,6 +219,38 @@ pub enum ConfigError {
         /// Width of a physical address on this host.
         bits: u32,
     },
+    /// An image type that Rota does not have.
+    #[error("image_type: '{0}' is not one of raw, qcow2")]
+    NotAnImageType(String),
+    /// More queues than VPs, or none.
+    #[error(
+        "disk {disk}: {queues} queues asked for, 1 to {most} are possible (one for each virtual processor)"
+    )]
+    DiskQueues {
+        /// The disk.
+        disk: String,
+        /// Queues asked for.
+        queues: u16,
+        /// VPs at boot.
+        most: u32,
+    },
+    /// A queue that cannot be that large or small.
+    #[error("disk {disk}: queue_size={size} is not a power of two from 4 to 32768")]
+    DiskQueueSize {
+        /// The disk.
+        disk: String,
+        /// Entries asked for.
+        size: u16,
+    },
+    /// A serial that the guest would not see whole.
+    #[error("disk {disk}: the serial is longer than 20 bytes")]
+    DiskSerial {
+        /// The disk.
+        disk: String,
+    },
+    /// A name that two devices have.
+    #[error("two devices have the id '{0}'")]
+    SameId(String),
     /// A serial file without its mode or the mode without a file.
     #[error("serial: a file is needed with mode File, and only there")]
     SerialFile,
@@ -260,6 +297,7 @@ impl VmConfig {
         if (self.serial.mode == SerialMode::File) != self.serial.file.is_some() {
             return Err(ConfigError::SerialFile);
         }
+        disk::validate(&self.disks, boot)?;
         self.net.iter().try_for_each(NetConfig::validate)
     }
 }
@@ -331,6 +369,7 @@ mod tests {
             cpus: CpusConfig::default(),
             memory: MemoryConfig::default(),
             serial: SerialConfig::default(),
+            disks: Vec::new(),
             rng: None,
             net: Vec::new(),
             scheduling: SchedulingConfig::default(),

@@ -18,6 +18,7 @@ use devices::virtio::{
     rate_limiter::Limits,
 };
 
+use super::{PeripheralError, Plug};
 use crate::config::{NetConfig, PasstConfig};
 
 /// Why there is no network.
@@ -51,8 +52,18 @@ pub enum NetworkError {
     Vhost(#[source] io::Error),
 }
 
-/// The device that `config` describes.
-pub(crate) fn device(name: &str, config: &NetConfig) -> Result<Net, NetworkError> {
+/// Plugs in the network device that is number `index`.
+pub(super) fn plug(plug: &Plug, index: usize, config: &NetConfig) -> Result<(), PeripheralError> {
+    let name = config.id.clone().unwrap_or_else(|| format!("_net{index}"));
+    let device = device(&format!("net{index}"), config).map_err(|source| PeripheralError::Net {
+        device: name.clone(),
+        source,
+    })?;
+    plug.virtio(&name, Box::new(device)).map(drop)
+}
+
+/// The device that `config` describes; its threads are named after `name`.
+fn device(name: &str, config: &NetConfig) -> Result<Net, NetworkError> {
     let mac = config.mac.as_ref().map(|text| text.parse()).transpose()?;
     let mac = mac
         .map_or_else(MacAddr::random, Ok)

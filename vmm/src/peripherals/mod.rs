@@ -1,6 +1,9 @@
 //! The devices on the PCI bus: which of them the configuration asks for, and how each is plugged in.
 //!
-//! A new kind of device is one line in [`plug_all`].
+//! A new kind of device is one line in [`plug_all`], and a file where making it takes more than that.
+
+mod disk;
+mod net;
 
 use std::{
     io,
@@ -11,6 +14,7 @@ use devices::{
     pci::{PciBus, PciError, Range, Slot},
     virtio::{
         VirtioDevice,
+        block::image::ImageError,
         pci::{BAR_LENGTH, Doorbells, Environment, VirtioPci},
         rng::Rng,
     },
@@ -19,13 +23,9 @@ use vm_allocator::{AddressAllocator, AllocPolicy};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{
-    config::VmConfig,
-    interrupts::Routes,
-    layout,
-    network::{self, NetworkError},
-    partition::Partition,
-};
+pub use net::NetworkError;
+
+use crate::{config::VmConfig, interrupts::Routes, layout, partition::Partition};
 
 /// Why a device cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +39,14 @@ pub enum PeripheralError {
         path: String,
         /// What the host said.
         source: io::Error,
+    },
+    /// The image of a disk.
+    #[error("{device}: {source}")]
+    Image {
+        /// The disk.
+        device: String,
+        /// What is wrong with it.
+        source: ImageError,
     },
     /// The host has no more of something.
     #[error("{device}: cannot be created")]
@@ -77,6 +85,9 @@ pub enum PeripheralError {
 /// # Errors
 /// The first device that cannot be had.
 pub(crate) fn plug_all(plug: &Plug, config: &VmConfig) -> Result<(), PeripheralError> {
+    for (index, disk) in config.disks.iter().enumerate() {
+        disk::plug(plug, index, disk)?;
+    }
     if let Some(rng) = &config.rng {
         let device = Rng::open(&rng.src).map_err(|source| PeripheralError::Open {
             device: "rng".into(),
@@ -86,12 +97,7 @@ pub(crate) fn plug_all(plug: &Plug, config: &VmConfig) -> Result<(), PeripheralE
         plug.virtio("rng", Box::new(device))?;
     }
     for (index, net) in config.net.iter().enumerate() {
-        let name = net.id.clone().unwrap_or_else(|| format!("net{index}"));
-        let device = network::device(&name, net).map_err(|source| PeripheralError::Net {
-            device: name.clone(),
-            source,
-        })?;
-        plug.virtio(&name, Box::new(device))?;
+        net::plug(plug, index, net)?;
     }
     Ok(())
 }

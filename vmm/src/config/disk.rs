@@ -1,0 +1,327 @@
+//! `--disk path=PATH,…`
+
+use std::{collections::HashSet, path::PathBuf, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ConfigError,
+    options::{keys, number, switch},
+    rate_limiter::{RateLimiterConfig, TokenBucket},
+};
+
+/// What the guest can read of a serial.
+const SERIAL_LENGTH: usize = 20;
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The image: a file or a block device.
+    pub path: PathBuf,
+    /// The guest cannot write to it; others may read it, too.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Past the host's page cache.
+    #[serde(default)]
+    pub direct: bool,
+    /// Queues, each with a thread; at most one for each VP.
+    #[serde(default = "one")]
+    pub num_queues: u16,
+    /// Entries of a queue; a power of two.
+    #[serde(default = "queue_size")]
+    pub queue_size: u16,
+    /// What the guest may do per time.
+    #[serde(default)]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// The disk's name; `_disk` and its number if there is none.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// What the guest can know the disk by; its name if there is none.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// The image may build on other files.
+    #[serde(default)]
+    pub backing_files: bool,
+    /// The guest can give space back to the host.
+    #[serde(default = "yes")]
+    pub sparse: bool,
+    /// What the image is.
+    #[serde(default)]
+    pub image_type: ImageType,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn queue_size() -> u16 {
+    128
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What an image is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageType {
+    /// The bytes of the disk.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+    /// What it looks like.
+    #[default]
+    Unknown,
+}
+
+impl FromStr for ImageType {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(ConfigError::NotAnImageType(text.to_owned())),
+        }
+    }
+}
+
+impl DiskConfig {
+    /// What the disk is called that is number `index`.
+    #[must_use]
+    pub fn name(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("_disk{index}"))
+    }
+}
+
+/// Checks what the types alone cannot, on a machine with so many VPs at boot.
+pub(super) fn validate(disks: &[DiskConfig], boot_vcpus: u32) -> Result<(), ConfigError> {
+    let mut names = HashSet::new();
+    for (index, disk) in disks.iter().enumerate() {
+        let name = disk.name(index);
+        if !names.insert(name.clone()) {
+            return Err(ConfigError::SameId(name));
+        }
+        if !(1..=boot_vcpus).contains(&disk.num_queues.into()) {
+            return Err(ConfigError::DiskQueues {
+                disk: name,
+                queues: disk.num_queues,
+                most: boot_vcpus,
+            });
+        }
+        if disk.queue_size < 4 || !disk.queue_size.is_power_of_two() {
+            return Err(ConfigError::DiskQueueSize {
+                disk: name,
+                size: disk.queue_size,
+            });
+        }
+        let serial = disk.serial.as_deref().unwrap_or_default();
+        if serial.len() > SERIAL_LENGTH {
+            return Err(ConfigError::DiskSerial { disk: name });
+        }
+    }
+    Ok(())
+}
+
+impl FromStr for DiskConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let [
+            path,
+            readonly,
+            direct,
+            num_queues,
+            queue_size_value,
+            id,
+            serial,
+            backing_files,
+            sparse,
+            image_type,
+            bw_size,
+            bw_one_time_burst,
+            bw_refill_time,
+            ops_size,
+            ops_one_time_burst,
+            ops_refill_time,
+        ] = keys(
+            text,
+            [
+                "path",
+                "readonly",
+                "direct",
+                "num_queues",
+                "queue_size",
+                "id",
+                "serial",
+                "backing_files",
+                "sparse",
+                "image_type",
+                "bw_size",
+                "bw_one_time_burst",
+                "bw_refill_time",
+                "ops_size",
+                "ops_one_time_burst",
+                "ops_refill_time",
+            ],
+            "path, readonly, direct, num_queues, queue_size, id, serial, backing_files, sparse, image_type, \
+             bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time",
+        )?;
+        let bandwidth = TokenBucket::from_options(
+            ["bw_size", "bw_one_time_burst", "bw_refill_time"],
+            [bw_size, bw_one_time_burst, bw_refill_time],
+        )?;
+        let ops = TokenBucket::from_options(
+            ["ops_size", "ops_one_time_burst", "ops_refill_time"],
+            [ops_size, ops_one_time_burst, ops_refill_time],
+        )?;
+        let any_limit = bandwidth.is_some() || ops.is_some();
+        Ok(Self {
+            path: path.ok_or(ConfigError::Missing("path"))?.into(),
+            readonly: switch("readonly", readonly)?,
+            direct: switch("direct", direct)?,
+            num_queues: small("num_queues", num_queues, one)?,
+            queue_size: small("queue_size", queue_size_value, queue_size)?,
+            rate_limiter_config: any_limit.then_some(RateLimiterConfig { bandwidth, ops }),
+            id: id.map(str::to_owned),
+            serial: serial.map(str::to_owned),
+            backing_files: switch("backing_files", backing_files)?,
+            sparse: switch("sparse", sparse.or(Some("on")))?,
+            image_type: image_type.map_or(Ok(ImageType::Unknown), str::parse)?,
+        })
+    }
+}
+
+fn small(key: &'static str, value: Option<&str>, default: fn() -> u16) -> Result<u16, ConfigError> {
+    let Some(value) = value else {
+        return Ok(default());
+    };
+    number(key, value)?
+        .try_into()
+        .map_err(|_| ConfigError::NotANumber {
+            key,
+            value: value.to_owned(),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options() {
+        let plain: DiskConfig = "path=disk.img".parse().unwrap();
+        let expected = DiskConfig {
+            path: "disk.img".into(),
+            readonly: false,
+            direct: false,
+            num_queues: 1,
+            queue_size: 128,
+            rate_limiter_config: None,
+            id: None,
+            serial: None,
+            backing_files: false,
+            sparse: true,
+            image_type: ImageType::Unknown,
+        };
+        assert_eq!(plain, expected);
+        let from_json: DiskConfig = serde_json::from_str(r#"{"path":"disk.img"}"#).unwrap();
+        assert_eq!(from_json, expected);
+        let full: DiskConfig =
+            "path=/dev/sdb,readonly=on,direct=on,num_queues=4,queue_size=256,id=data,serial=S1,\
+             backing_files=on,sparse=off,image_type=qcow2,bw_size=1000,bw_refill_time=100,\
+             ops_size=5,ops_one_time_burst=7,ops_refill_time=1000"
+                .parse()
+                .unwrap();
+        let bucket = |size, one_time_burst, refill_time| {
+            Some(TokenBucket {
+                size,
+                one_time_burst,
+                refill_time,
+            })
+        };
+        assert_eq!(
+            full,
+            DiskConfig {
+                path: "/dev/sdb".into(),
+                readonly: true,
+                direct: true,
+                num_queues: 4,
+                queue_size: 256,
+                rate_limiter_config: Some(RateLimiterConfig {
+                    bandwidth: bucket(1000, None, 100),
+                    ops: bucket(5, Some(7), 1000),
+                }),
+                id: Some("data".into()),
+                serial: Some("S1".into()),
+                backing_files: true,
+                sparse: false,
+                image_type: ImageType::Qcow2,
+            }
+        );
+    }
+
+    #[test]
+    fn wrong_options_are_named() {
+        let error = |text: &str| text.parse::<DiskConfig>().unwrap_err().to_string();
+        assert_eq!(error("readonly=on"), "'path' is missing");
+        assert_eq!(
+            error("path=a,direct=1"),
+            "direct: '1' is neither on nor off"
+        );
+        assert_eq!(
+            error("path=a,queue_size=x"),
+            "queue_size: 'x' is not a number"
+        );
+        assert_eq!(
+            error("path=a,num_queues=65536"),
+            "num_queues: '65536' is not a number"
+        );
+        assert_eq!(
+            error("path=a,image_type=vhdx"),
+            "image_type: 'vhdx' is not one of raw, qcow2"
+        );
+        assert_eq!(error("path=a,bw_size=5"), "'bw_refill_time' is missing");
+        assert_eq!(
+            error("path=a,ops_one_time_burst=5"),
+            "'ops_size' is missing"
+        );
+        assert!(error("path=a,iommu=on").starts_with("unknown key 'iommu' (known: path, "));
+    }
+
+    #[test]
+    fn impossible_disks_are_named() {
+        let check = |texts: &[&str]| {
+            let disks: Vec<DiskConfig> = texts.iter().map(|text| text.parse().unwrap()).collect();
+            validate(&disks, 2).map_err(|error| error.to_string())
+        };
+        assert_eq!(check(&["path=a", "path=b,num_queues=2"]), Ok(()));
+        assert!(
+            check(&["path=a,num_queues=3"])
+                .unwrap_err()
+                .contains("1 to 2")
+        );
+        assert!(
+            check(&["path=a,num_queues=0"])
+                .unwrap_err()
+                .contains("1 to 2")
+        );
+        for size in ["0", "2", "100", "65535"] {
+            let error = check(&[&format!("path=a,queue_size={size}")]).unwrap_err();
+            assert!(error.contains("power of two"), "{error}");
+        }
+        assert!(
+            check(&["path=a,id=x", "path=b,id=x"])
+                .unwrap_err()
+                .contains("'x'")
+        );
+        assert!(
+            check(&["path=a,id=_disk1", "path=b"])
+                .unwrap_err()
+                .contains("'_disk1'")
+        );
+        let long = "path=a,serial=123456789012345678901";
+        assert!(check(&[long]).unwrap_err().contains("20 bytes"));
+    }
+}

@@ -1,0 +1,67 @@
+//! Disks: from their configuration to a device on its image.
+
+use devices::virtio::{
+    block::{
+        Block, BlockConfig,
+        backend::{Access, Unmap},
+        image::{self, Backing, Cache, Engine, Format, ImageOptions},
+    },
+    rate_limiter::{Limits, RateLimiter},
+};
+
+use super::{PeripheralError, Plug};
+use crate::config::{DiskConfig, ImageType};
+
+/// Plugs in the disk that is number `index`.
+pub(super) fn plug(plug: &Plug, index: usize, config: &DiskConfig) -> Result<(), PeripheralError> {
+    let name = config.name(index);
+    let image = image::open(&options(config)).map_err(|source| PeripheralError::Image {
+        device: name.clone(),
+        source,
+    })?;
+    let limits = config.rate_limiter_config.as_ref().map(Limits::from);
+    let device = BlockConfig {
+        name: format!("blk{index}"),
+        queues: config.num_queues,
+        queue_size: config.queue_size,
+        serial: config.serial.clone().unwrap_or_else(|| name.clone()),
+        unmap: if config.sparse {
+            Unmap::Allowed
+        } else {
+            Unmap::Forbidden
+        },
+        limits: RateLimiter::new(&limits.unwrap_or_default()),
+    };
+    let device = Block::new(image, device).map_err(|source| PeripheralError::Host {
+        device: name.clone(),
+        source,
+    })?;
+    plug.virtio(&name, Box::new(device)).map(drop)
+}
+
+fn options(config: &DiskConfig) -> ImageOptions {
+    ImageOptions {
+        path: config.path.clone(),
+        access: if config.readonly {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        },
+        cache: if config.direct {
+            Cache::Direct
+        } else {
+            Cache::Buffered
+        },
+        format: match config.image_type {
+            ImageType::Raw => Some(Format::Raw),
+            ImageType::Qcow2 => Some(Format::Qcow2),
+            ImageType::Unknown => None,
+        },
+        backing: if config.backing_files {
+            Backing::Open
+        } else {
+            Backing::Refuse
+        },
+        engine: Engine::Best,
+    }
+}
