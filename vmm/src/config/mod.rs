@@ -11,6 +11,7 @@ mod rng;
 
 use std::{path::PathBuf, str::FromStr};
 
+use devices::virtio::net::mac::InvalidMacAddr;
 use serde::{Deserialize, Serialize};
 
 use self::options::{keys, number, size, switch};
@@ -186,6 +187,9 @@ pub enum ConfigError {
     /// Something about a network device.
     #[error("net: {0}")]
     Net(String),
+    /// An Ethernet address that is none.
+    #[error("net: {0}")]
+    Mac(#[from] InvalidMacAddr),
     /// A serial mode that does not exist.
     #[error("'{0}' is not one of tty, file=PATH, pty, off, null")]
     NotASerialMode(String),

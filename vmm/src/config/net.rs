@@ -139,17 +139,13 @@ impl NetConfig {
             return wrong("ip and mask are of one family");
         }
         for address in [&self.mac, &self.host_mac].into_iter().flatten() {
-            let address: MacAddr = address.parse().map_err(not_mac)?;
+            let address: MacAddr = address.parse()?;
             if address.is_group() {
                 return wrong("an Ethernet address of a group cannot be that of a device");
             }
         }
         Ok(())
     }
-}
-
-fn not_mac(error: devices::virtio::net::mac::InvalidMacAddr) -> ConfigError {
-    ConfigError::Net(error.to_string())
 }
 
 impl FromStr for NetConfig {
