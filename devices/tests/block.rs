@@ -439,6 +439,8 @@ fn errors_of_the_host_reach_the_driver() {
     assert_eq!(disk.request(OUT, 0, &[1; 512], 0).0, IOERR);
     assert_eq!(disk.request(FLUSH, 0, &[], 0).0, IOERR);
     assert_eq!(disk.clear(DISCARD, &[(0, 1, 0)]), IOERR);
+    fail(libc::EAGAIN);
+    assert_eq!(disk.request(IN, 0, &[], 512).0, IOERR);
     fail(libc::EOPNOTSUPP);
     assert_eq!(disk.clear(DISCARD, &[(0, 1, 0)]), UNSUPP);
     assert_eq!(disk.clear(WRITE_ZEROES, &[(0, 1, 1)]), UNSUPP);

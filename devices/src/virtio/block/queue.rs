@@ -321,10 +321,7 @@ impl QueueHandler {
             (Stage::Segment { index, .. }, Ok(_)) => self.segment(tag, index + 1),
             (Stage::Flush, Ok(_)) => self.finish(tag, Status::Ok),
             (Stage::Data { offset, .. }, Err(error))
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                ) =>
+                if error.kind() == io::ErrorKind::Interrupted =>
             {
                 self.transfer(tag, offset)
             }
