@@ -108,8 +108,11 @@ fn what_a_guest_reads_and_writes_is_in_the_images() {
         ),
     ]);
     assert_eq!(vmm.guest_runs("cat /sys/block/vda/size"), "16384");
-    assert_eq!(vmm.guest_runs("cat /sys/block/vda/serial"), "R-1");
-    assert_eq!(vmm.guest_runs("cat /sys/block/vdb/serial"), "second");
+    assert_eq!(vmm.guest_runs("echo $(cat /sys/block/vda/serial)"), "R-1");
+    assert_eq!(
+        vmm.guest_runs("echo $(cat /sys/block/vdb/serial)"),
+        "second"
+    );
     assert_eq!(vmm.guest_runs("ls /sys/block/vda/mq | wc -l"), "2");
     assert_eq!(vmm.guest_runs("cat /sys/block/vda/ro"), "0");
     assert_eq!(vmm.guest_runs("cat /sys/block/vdc/ro"), "1");
