@@ -34,11 +34,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run a virtual machine until it ends
-    Run(run::Run),
+    Run(Box<run::Run>),
     /// Look at this machine: device, who schedules VPs and how that is known, what policies would get
     Doctor(doctor::Doctor),
     /// Show where a machine's vCPUs would run, and why, without starting it
-    Plan(plan::Plan),
+    Plan(Box<plan::Plan>),
     /// Print a completion script for a shell
     Completions(generate::Completions),
     /// Write the man pages of all commands

@@ -6,8 +6,8 @@ use clap::Args;
 use scheduler::{SchedMode, VmPolicy, policy::CpusOption};
 use vmm::{
     config::{
-        CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig,
-        VmConfig,
+        BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig,
+        PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
     },
     control::{self, Ended, RunError},
     partition::PartitionError,
@@ -89,8 +89,13 @@ impl Run {
             memory: self.memory,
             serial: self.serial,
             disks: self.devices.disk,
+            console: self.devices.console,
             rng: self.devices.rng,
             net: self.devices.net,
+            balloon: self.devices.balloon,
+            vsock: self.devices.vsock,
+            watchdog: self.devices.watchdog,
+            pvpanic: self.devices.pvpanic,
             scheduling,
         };
         let result = control::run(&config, &mut report);
@@ -146,6 +151,9 @@ struct DeviceArguments {
         help = "A disk (may be given again): path=PATH[,readonly=on|off][,direct=on|off][,num_queues=N][,queue_size=N][,id=NAME][,serial=TEXT][,image_type=raw|qcow2][,backing_files=on|off][,sparse=on|off][,bw_size=BYTES,bw_refill_time=MS[,bw_one_time_burst=BYTES]][,ops_size=N,ops_refill_time=MS[,ops_one_time_burst=N]]"
     )]
     disk: Vec<DiskConfig>,
+    /// Virtio console (hvc0): off, null, tty, pty, file=PATH or socket=PATH
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    console: ConsoleConfig,
     /// Randomness for the guest: src=PATH, for instance src=/dev/urandom
     #[arg(long, value_name = "OPTIONS")]
     rng: Option<RngConfig>,
@@ -153,6 +161,22 @@ struct DeviceArguments {
     /// num_queues=N, vhost=on and others
     #[arg(long, value_name = "OPTIONS")]
     net: Vec<NetConfig>,
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        help = "Memory balloon: size=SIZE[,deflate_on_oom=on|off][,free_page_reporting=on|off]"
+    )]
+    balloon: Option<BalloonConfig>,
+    /// Sockets between guest and host: cid=CID,socket=PATH
+    #[arg(long, value_name = "OPTIONS")]
+    vsock: Option<VsockConfig>,
+    /// Reset a guest that has begun to give signs of life and stops
+    #[arg(long)]
+    watchdog: bool,
+    /// A device for the guest to tell of a panic
+    #[arg(long)]
+    pvpanic: bool,
 }
 
 #[derive(Args)]

@@ -1,9 +1,12 @@
 //! Devices as a real guest's drivers find and use them. In the lab, or on a machine with the real device.
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::TcpListener,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
     thread,
+    time::{Duration, Instant},
 };
 
 use rota_tests::child::{self, Vmm};
@@ -89,4 +92,88 @@ fn a_guest_talks_over_tap_interfaces() {
         !std::path::Path::new("/sys/class/net/rota-test0").exists(),
         "what was made is gone"
     );
+}
+
+/// A path for a file or socket of this test's.
+fn path(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("rota-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    path
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let stream = UnixStream::connect(path).expect("a connection");
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .expect("a timeout");
+    stream
+}
+
+#[test]
+fn the_console_goes_both_ways() {
+    require!(child::bootable());
+    let socket = path("console");
+    let mut vmm = Vmm::boot_with_drivers(&["--console", &format!("socket={}", socket.display())]);
+    let mut host = BufReader::new(connect(&socket));
+    // Kept open: the settings of a terminal that nobody has open are forgotten.
+    vmm.guest_runs("exec 3<>/dev/hvc0; stty raw -echo <&3; echo to the host >&3");
+    let mut line = String::new();
+    host.read_line(&mut line).expect("a line");
+    assert_eq!(line.trim_end(), "to the host");
+    host.get_mut().write_all(b"to the guest\n").unwrap();
+    let line = vmm.guest_runs("head -n 1 <&3");
+    assert_eq!(line, "to the guest", "{}", vmm.printed());
+    // More than fits anywhere at once, and nothing of it is lost.
+    vmm.type_in("seq 100000 >&3\n");
+    let mut lines = host.lines();
+    for number in 1..=100_000 {
+        let line = lines.next().expect("a line").expect("a line");
+        assert_eq!(line.trim_end(), number.to_string());
+    }
+    power_off(vmm);
+}
+
+#[test]
+fn the_balloon_takes_memory_and_tells_of_it() {
+    require!(child::bootable());
+    let mut vmm = Vmm::boot_with_drivers(&[
+        "--memory",
+        "size=512M",
+        "--balloon",
+        "size=256M,free_page_reporting=on",
+    ]);
+    // The driver inflates in its own time. With `deflate_on_oom`, Linux would not count what it can take back any time.
+    let total = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+    let command = format!(
+        "for i in $(seq 60); do t=$({total}); [ $t -lt 262144 ] && break; sleep 1; done; echo $t"
+    );
+    let left: u64 = vmm.guest_runs(&command).parse().expect("a number");
+    assert!(left < 256 << 10, "{left} kB left; {}", vmm.printed());
+    power_off(vmm);
+}
+
+#[test]
+fn a_guest_without_a_listener_refuses_a_connection_from_the_host() {
+    require!(child::bootable());
+    let socket = path("vsock");
+    let option = format!("cid=3,socket={}", socket.display());
+    let mut vmm = Vmm::boot_with_drivers(&["--vsock", &option]);
+    let bound = vmm.guest_runs("ls /sys/bus/virtio/drivers/vmw_vsock_virtio_transport");
+    assert!(!bound.is_empty(), "{}", vmm.printed());
+    let mut stream = connect(&socket);
+    let start = Instant::now();
+    stream.write_all(b"CONNECT 1000\n").unwrap();
+    assert_eq!(stream.read(&mut [0]).expect("an end"), 0);
+    // Without an answer of the guest's, the device would give up after ten seconds.
+    assert!(start.elapsed() < Duration::from_secs(9));
+    power_off(vmm);
+}
+
+#[test]
+fn a_panic_is_told() {
+    require!(child::bootable());
+    let mut vmm = Vmm::boot_with_drivers(&["--pvpanic"]);
+    vmm.guest_runs("echo 0 >/proc/sys/kernel/panic");
+    vmm.type_in("echo c >/proc/sysrq-trigger\n");
+    vmm.wait_for("the guest's kernel has panicked");
 }

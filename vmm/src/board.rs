@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     config::VmConfig,
+    hvc::Hvc,
     interrupts::{PinRoutes, Routes},
     layout,
     partition::{Partition, PartitionError},
@@ -65,7 +66,7 @@ pub struct Board {
 
 impl Board {
     /// Puts the machine that `config` describes together; `console` is where the serial port prints, `None` for a machine
-    /// without one.
+    /// without one; `hvc` is the other end of the virtio console.
     ///
     /// # Errors
     /// When the host or the partition has not what a device needs.
@@ -75,6 +76,7 @@ impl Board {
         memory: &GuestMemoryMmap,
         ram: &[layout::Range],
         console: Option<Box<dyn Write + Send>>,
+        hvc: &Hvc,
     ) -> Result<Self, BoardError> {
         let event = |device| move |source| BoardError::Host { device, source };
         let power = Arc::new(Power {
@@ -93,7 +95,7 @@ impl Board {
             memory.clone(),
             Arc::clone(&pci),
         );
-        peripherals::plug_all(&plug, config)?;
+        peripherals::plug_all(&plug, config, hvc, &switch())?;
 
         let mut mmio = Bus::new("mmio");
         mmio.insert(

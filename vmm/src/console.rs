@@ -236,7 +236,7 @@ fn is_hung_up(master: &File) -> bool {
 }
 
 /// A new pseudo-terminal in raw mode, and the path of its other end.
-fn open_pty() -> io::Result<(File, PathBuf)> {
+pub(crate) fn open_pty() -> io::Result<(File, PathBuf)> {
     let (mut master, mut slave) = (-1, -1);
     let mut name = [0u8; 128];
     // SAFETY: all-zero is a valid `termios`, which `cfmakeraw` then sets up.

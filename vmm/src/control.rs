@@ -16,6 +16,7 @@ use vcpu::Crash;
 use crate::{
     config::{ConfigError, VmConfig},
     console::{Console, ConsoleError},
+    hvc::{Hvc, HvcError},
     metrics::MetricsFile,
     partition::{Device, PartitionError},
     report::Report,
@@ -48,6 +49,9 @@ pub enum RunError {
     /// The host's end of the serial port.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The host's end of the virtio console.
+    #[error(transparent)]
+    Hvc(#[from] HvcError),
     /// The machine.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -112,6 +116,10 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
     if let Some(path) = console.pty() {
         announcement += &format!("serial: {}\n", path.display());
     }
+    let hvc = Hvc::open(&config.console)?;
+    if let Some(path) = hvc.pty() {
+        announcement += &format!("console: {}\n", path.display());
+    }
     let mut announcement = Some(announcement);
     report.plan = scheduling
         .as_ref()
@@ -121,7 +129,7 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
     let mut state = State::Created;
     let ended = loop {
         state.advance(State::Booting)?;
-        let vm = Vm::prepare(&device, capabilities, config, &console)?;
+        let vm = Vm::prepare(&device, capabilities, config, &console, &hvc)?;
         let partition = vm.partition();
         let mut placed = match &scheduling {
             Some(scheduling) => Some(scheduling.place(&partition, report.metering.take())?),

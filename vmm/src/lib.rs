@@ -17,6 +17,7 @@ pub mod config;
 pub mod console;
 pub mod control;
 mod hole;
+pub mod hvc;
 mod interrupts;
 pub mod layout;
 pub mod memory;

@@ -19,6 +19,7 @@ use crate::{
     boot::{self, BootError},
     config::{SerialMode, VmConfig},
     console::Console,
+    hvc::Hvc,
     layout::{self, LayoutError},
     memory::{self, MemoryError},
     partition::{Device, Partition, PartitionError},
@@ -181,6 +182,7 @@ impl Vm {
         capabilities: Option<u64>,
         config: &VmConfig,
         console: &Console,
+        hvc: &Hvc,
     ) -> Result<Prepared, VmError> {
         // What can be wrong with the configuration comes first, and needs no partition.
         let ram = layout::ram_ranges(config.memory.size)?;
@@ -212,7 +214,7 @@ impl Vm {
                 what: "the console's output",
                 source,
             })?;
-            let board = Arc::new(Board::new(&partition, config, &memory, &ram, sink)?);
+            let board = Arc::new(Board::new(&partition, config, &memory, &ram, sink, hvc)?);
             let vps: Vec<Vp> = (0..config.cpus.boot_vcpus)
                 .map(|index| partition.create_vp(index))
                 .collect::<Result<_, _>>()?;

@@ -3,11 +3,14 @@
 //! Field names are those of the cloud-hypervisor API, so that its users find them where they expect them. The options of
 //! the command line (`boot=2`, `size=512M,shared=on`) parse straight into the same types; defaults live here alone.
 
+mod balloon;
+mod console;
 mod disk;
 mod net;
 mod options;
 mod rate_limiter;
 mod rng;
+mod vsock;
 
 use std::{path::PathBuf, str::FromStr};
 
@@ -17,10 +20,13 @@ use serde::{Deserialize, Serialize};
 use self::options::{keys, number, size, switch};
 use crate::scheduling::SchedulingConfig;
 
+pub use balloon::BalloonConfig;
+pub use console::{ConsoleConfig, ConsoleMode};
 pub use disk::{DiskConfig, ImageType};
 pub use net::{NetConfig, PasstConfig};
 pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 pub use rng::RngConfig;
+pub use vsock::VsockConfig;
 
 /// The most VPs a VM may have: what `MSHV_CREATE_VP` of `mshv-ioctls` can name.
 pub const MAX_VCPUS: u32 = 255;
@@ -47,12 +53,27 @@ pub struct VmConfig {
     /// Disks, in the order of their places on the bus.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// The virtio console.
+    #[serde(default)]
+    pub console: ConsoleConfig,
     /// The entropy device.
     #[serde(default)]
     pub rng: Option<RngConfig>,
     /// Network devices.
     #[serde(default)]
     pub net: Vec<NetConfig>,
+    /// The memory balloon.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
+    /// The socket device.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
+    /// Whether there is a watchdog.
+    #[serde(default)]
+    pub watchdog: bool,
+    /// Whether there is a device that a guest tells of its panic.
+    #[serde(default)]
+    pub pvpanic: bool,
     /// Where and when its vCPUs run.
     #[serde(default)]
     pub scheduling: SchedulingConfig,
@@ -193,6 +214,30 @@ pub enum ConfigError {
     /// A serial mode that does not exist.
     #[error("'{0}' is not one of tty, file=PATH, pty, off, null")]
     NotASerialMode(String),
+    /// A console mode that does not exist.
+    #[error("'{0}' is not one of off, null, tty, pty, file=PATH, socket=PATH")]
+    NotAConsoleMode(String),
+    /// A console's file or socket without its mode, or the mode without it.
+    #[error(
+        "console: a file is needed with mode File and a socket with mode Socket, and only there"
+    )]
+    ConsolePath,
+    /// The terminal cannot have two guests' ends.
+    #[error(
+        "serial and console cannot both be the terminal (with --console tty, give --serial null or off)"
+    )]
+    TwoTerminals,
+    /// More in the balloon than there is.
+    #[error("balloon: {balloon} bytes are more than the {memory} of the memory")]
+    BalloonTooLarge {
+        /// Bytes of the balloon.
+        balloon: u64,
+        /// Bytes of memory.
+        memory: u64,
+    },
+    /// A CID that no guest can have.
+    #[error("vsock: a guest's cid is at least 3 and below 4294967295, not {0}")]
+    Cid(u32),
     /// Too few or too many VPs.
     #[error("cpus: {0} virtual processors asked for, 1 to {MAX_VCPUS} are possible")]
     VcpuCount(u32),
@@ -302,7 +347,29 @@ impl VmConfig {
             return Err(ConfigError::SerialFile);
         }
         disk::validate(&self.disks, boot)?;
-        self.net.iter().try_for_each(NetConfig::validate)
+        self.net.iter().try_for_each(NetConfig::validate)?;
+        self.validate_devices()
+    }
+
+    fn validate_devices(&self) -> Result<(), ConfigError> {
+        self.console.validate()?;
+        if self.console.mode == ConsoleMode::Tty && self.serial.mode == SerialMode::Tty {
+            return Err(ConfigError::TwoTerminals);
+        }
+        if let Some(BalloonConfig { size: balloon, .. }) = self.balloon
+            && balloon > self.memory.size
+        {
+            return Err(ConfigError::BalloonTooLarge {
+                balloon,
+                memory: self.memory.size,
+            });
+        }
+        if let Some(VsockConfig { cid, .. }) = self.vsock
+            && !(3..u32::MAX).contains(&cid)
+        {
+            return Err(ConfigError::Cid(cid));
+        }
+        Ok(())
     }
 }
 
@@ -374,8 +441,13 @@ mod tests {
             memory: MemoryConfig::default(),
             serial: SerialConfig::default(),
             disks: Vec::new(),
+            console: ConsoleConfig::default(),
             rng: None,
             net: Vec::new(),
+            balloon: None,
+            vsock: None,
+            watchdog: false,
+            pvpanic: false,
             scheduling: SchedulingConfig::default(),
         }
     }
@@ -459,6 +531,21 @@ mod tests {
             check(|c| c.memory.size = !4095)
                 .unwrap_err()
                 .contains("46-bit")
+        );
+        assert!(
+            check(|c| c.console.mode = ConsoleMode::Tty)
+                .unwrap_err()
+                .contains("--serial null")
+        );
+        assert!(
+            check(|c| c.balloon = Some("size=1T".parse().unwrap()))
+                .unwrap_err()
+                .contains("more than the")
+        );
+        assert!(
+            check(|c| c.vsock = Some("cid=2,socket=x".parse().unwrap()))
+                .unwrap_err()
+                .contains("not 2")
         );
         let huge = |c: &mut VmConfig| {
             c.memory = MemoryConfig {
