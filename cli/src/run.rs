@@ -6,7 +6,7 @@ use clap::Args;
 use scheduler::{SchedMode, VmPolicy, policy::CpusOption};
 use vmm::{
     config::{
-        BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig,
+        BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig,
         PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
     },
     control::{self, Ended, RunError},
@@ -96,6 +96,7 @@ impl Run {
             vsock: self.devices.vsock,
             watchdog: self.devices.watchdog,
             pvpanic: self.devices.pvpanic,
+            fs: self.devices.fs,
             scheduling,
         };
         let result = control::run(&config, &mut report);
@@ -177,6 +178,9 @@ struct DeviceArguments {
     /// A device for the guest to tell of a panic
     #[arg(long)]
     pvpanic: bool,
+    /// A folder that virtiofsd serves, once for each: tag=NAME,socket=PATH[,num_queues=N][,queue_size=N]
+    #[arg(long, value_name = "OPTIONS")]
+    fs: Vec<FsConfig>,
 }
 
 #[derive(Args)]

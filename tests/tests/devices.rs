@@ -1,10 +1,12 @@
 //! Devices as a real guest's drivers find and use them. In the lab, or on a machine with the real device.
 
 use std::{
+    fs,
     io::{BufRead, BufReader, Read, Write},
     net::TcpListener,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -176,4 +178,54 @@ fn a_panic_is_told() {
     vmm.guest_runs("echo 0 >/proc/sys/kernel/panic");
     vmm.type_in("echo c >/proc/sysrq-trigger\n");
     vmm.wait_for("the guest's kernel has panicked");
+}
+
+/// virtiofsd, as long as it is needed.
+struct Virtiofsd(Child);
+
+impl Virtiofsd {
+    /// Serves `folder` at `socket`; `None` where there is no virtiofsd.
+    fn start(folder: &str, socket: &str) -> Option<Self> {
+        let mut command = Command::new("virtiofsd");
+        command
+            .arg(format!("--socket-path={socket}"))
+            .args(["-o", &format!("source={folder},sandbox=chroot,cache=none")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command.spawn().ok().map(Self)
+    }
+}
+
+impl Drop for Virtiofsd {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_folder_of_the_host_is_mounted() {
+    require!(child::bootable());
+    let folder = format!("/tmp/rota-fs-{}", std::process::id());
+    let (tree, socket) = (format!("{folder}/tree"), format!("{folder}/socket"));
+    fs::create_dir_all(&tree).expect("a folder");
+    fs::write(format!("{tree}/from-host"), "hello guest\n").expect("a file");
+    let started = Virtiofsd::start(&tree, &socket).ok_or("there is no virtiofsd".to_owned());
+    require!(&started);
+    let mut vmm = Vmm::boot_with_drivers(&[
+        "--memory",
+        "size=256M,shared=on",
+        "--fs",
+        &format!("tag=tree,socket={socket}"),
+    ]);
+    vmm.guest_runs("mkdir /tree && mount -t virtiofs tree /tree");
+    assert_eq!(vmm.guest_runs("cat /tree/from-host"), "hello guest");
+    vmm.guest_runs("dd if=/dev/zero of=/tree/from-guest bs=64k count=16 && sync");
+    let written = fs::read(format!("{tree}/from-guest")).expect("the guest's file");
+    assert_eq!(written, vec![0; 1 << 20]);
+    vmm.guest_runs("umount /tree && mount -t virtiofs tree /tree && rm /tree/from-guest");
+    assert!(!fs::exists(format!("{tree}/from-guest")).expect("the folder"));
+    power_off(vmm);
+    let _ = fs::remove_dir_all(folder);
 }

@@ -6,6 +6,7 @@
 mod balloon;
 mod console;
 mod disk;
+mod fs;
 mod net;
 mod options;
 mod rate_limiter;
@@ -23,6 +24,7 @@ use crate::scheduling::SchedulingConfig;
 pub use balloon::BalloonConfig;
 pub use console::{ConsoleConfig, ConsoleMode};
 pub use disk::{DiskConfig, ImageType};
+pub use fs::FsConfig;
 pub use net::{NetConfig, PasstConfig};
 pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 pub use rng::RngConfig;
@@ -74,6 +76,9 @@ pub struct VmConfig {
     /// Whether there is a device that a guest tells of its panic.
     #[serde(default)]
     pub pvpanic: bool,
+    /// Folders of the host.
+    #[serde(default)]
+    pub fs: Vec<FsConfig>,
     /// Where and when its vCPUs run.
     #[serde(default)]
     pub scheduling: SchedulingConfig,
@@ -300,6 +305,23 @@ pub enum ConfigError {
     /// A name that two devices have.
     #[error("two devices have the id '{0}'")]
     SameId(String),
+    /// A tag that no driver can be told.
+    #[error("fs: the tag '{0}' is not of 1 to 36 bytes")]
+    FsTag(String),
+    /// Too few or too many queues.
+    #[error("fs: {0} request queues asked for, 1 to {most} are possible", most = FsConfig::MOST_QUEUES)]
+    FsQueues(u16),
+    /// A size that no queue can have.
+    #[error("{device}: queue_size {size} is not a power of two")]
+    QueueSize {
+        /// The option.
+        device: &'static str,
+        /// Entries asked for.
+        size: u16,
+    },
+    /// Memory that a back end cannot be given.
+    #[error("{0}: another process works on guest memory here, which needs --memory shared=on")]
+    PrivateMemory(&'static str),
     /// A serial file without its mode or the mode without a file.
     #[error("serial: a file is needed with mode File, and only there")]
     SerialFile,
@@ -352,6 +374,10 @@ impl VmConfig {
     }
 
     fn validate_devices(&self) -> Result<(), ConfigError> {
+        self.fs.iter().try_for_each(FsConfig::validate)?;
+        if !self.fs.is_empty() && !self.memory.shared {
+            return Err(ConfigError::PrivateMemory("fs"));
+        }
         self.console.validate()?;
         if self.console.mode == ConsoleMode::Tty && self.serial.mode == SerialMode::Tty {
             return Err(ConfigError::TwoTerminals);
@@ -448,6 +474,7 @@ mod tests {
             vsock: None,
             watchdog: false,
             pvpanic: false,
+            fs: Vec::new(),
             scheduling: SchedulingConfig::default(),
         }
     }

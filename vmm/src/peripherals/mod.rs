@@ -3,6 +3,7 @@
 //! A new kind of device is one line in [`plug_all`], and a file where making it takes more than that.
 
 mod disk;
+mod fs;
 mod net;
 
 use std::{
@@ -23,6 +24,7 @@ use devices::{
         console::Console,
         pci::{BAR_LENGTH, Doorbells, Environment, VirtioPci},
         rng::Rng,
+        vhost_user,
         vsock::{Vsock, VsockError},
         watchdog::{self, Watchdog},
     },
@@ -85,6 +87,22 @@ pub enum PeripheralError {
     /// The balloon.
     #[error("balloon")]
     Balloon(#[from] BalloonError),
+    /// The process that is to do its work.
+    #[error("{device}: {source}")]
+    BackEnd {
+        /// The device.
+        device: String,
+        /// Why it does not.
+        source: vhost_user::Error,
+    },
+    /// A name that the driver cannot be told.
+    #[error("{device}: {source}")]
+    Tag {
+        /// The device.
+        device: String,
+        /// Why.
+        source: vhost_user::InvalidTag,
+    },
     /// There is no place for it.
     #[error("{device}: no room for its registers in the guest's PCI window")]
     NoRoom {
@@ -125,6 +143,9 @@ pub(crate) fn plug_all(
     }
     for (index, net) in config.net.iter().enumerate() {
         net::plug(plug, index, net)?;
+    }
+    for config in &config.fs {
+        fs::plug(plug, config)?;
     }
     if let Some(balloon) = &config.balloon {
         plug_balloon(plug, balloon)?;

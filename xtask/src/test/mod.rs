@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::inside;
-use crate::lab::Lab;
+use crate::lab::{Addition, Lab};
 use crate::progress::step;
 use crate::terminal::Style;
 use crate::workspace::{Profile, Workspace};
@@ -60,6 +60,8 @@ pub(crate) struct Options {
 const KVM: &str = "/dev/kvm";
 /// A program that takes longer on this machine hangs.
 const NATIVE_LIMIT: Duration = Duration::from_secs(120);
+/// Where Debian has virtiofsd, by release; the oldest brings it with QEMU.
+const VIRTIOFSD: &[&str] = &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"];
 /// Longer than all lab tests may take.
 const LAB_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// Runs the tests; the exit status is 1 if one failed.
@@ -275,7 +277,11 @@ fn in_lab(
         })?;
         command.push(format!("{name}={path}"));
     }
+    let virtiofsd = VIRTIOFSD
+        .iter()
+        .find_map(|path| path.parse::<Addition>().ok());
     let lab = Lab {
+        additions: virtiofsd.into_iter().collect(),
         timeout: Some(LAB_LIMIT),
         // In the lab nothing may be missing, so a test that skips itself there fails.
         environment: vec![("ROTA_REQUIRE".into(), "all".into())],

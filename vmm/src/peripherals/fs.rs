@@ -1,0 +1,26 @@
+//! Folders of the host: from their configuration to a device on a back end.
+
+use std::str::FromStr;
+
+use devices::virtio::vhost_user::{Fs, Tag};
+
+use super::{PeripheralError, Plug};
+use crate::config::FsConfig;
+
+/// Plugs in the folder.
+pub(super) fn plug(plug: &Plug, config: &FsConfig) -> Result<(), PeripheralError> {
+    let name = format!("fs {}", config.tag);
+    let tag = Tag::from_str(&config.tag).map_err(|source| PeripheralError::Tag {
+        device: name.clone(),
+        source,
+    })?;
+    let socket = config.socket.clone();
+    let device =
+        Fs::connect(socket, tag, config.num_queues, config.queue_size).map_err(|source| {
+            PeripheralError::BackEnd {
+                device: name.clone(),
+                source,
+            }
+        })?;
+    plug.virtio(&name, Box::new(device)).map(drop)
+}
