@@ -3,7 +3,7 @@
 //!
 //! [`Guest`] is a machine with some memory and one device in it. It lays out rings, activates the device and takes its
 //! interrupts; a [`Ring`] is one of its queues, filled as an ordinary driver would fill it, or as none ever should. [`drive`] is a
-//! driver that bytes lead, for fuzzing.
+//! driver that bytes lead, for fuzzing, and a [`specimen`] what it does it to.
 //!
 //! ```
 //! use devices::virtio::rng::Rng;
@@ -21,6 +21,7 @@
 mod drive;
 mod guest;
 mod ring;
+pub mod specimen;
 
 pub use drive::drive;
 pub use guest::{Guest, Interrupts};

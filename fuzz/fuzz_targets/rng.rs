@@ -2,10 +2,7 @@
 
 #![no_main]
 
-use devices::virtio::rng::Rng;
+use driver::{drive, specimen};
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|program: &[u8]| {
-    let device = Rng::open("/dev/zero".as_ref()).expect("/dev/zero");
-    driver::drive(device, program);
-});
+fuzz_target!(|program: &[u8]| drive(specimen::rng(), program));

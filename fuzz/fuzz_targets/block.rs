@@ -1,0 +1,8 @@
+//! A disk, whose requests are forgotten, under a hostile driver.
+
+#![no_main]
+
+use driver::{drive, specimen};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|program: &[u8]| drive(specimen::block(), program));
