@@ -146,7 +146,7 @@ pub enum DeviceError {
     #[error("the driver has not set up queue {0}")]
     MissingQueue(u16),
     /// The host's side has failed in a way that no request can carry.
-    #[error("{what}")]
+    #[error("{what}: {source}")]
     Host {
         /// What failed.
         what: &'static str,
