@@ -73,11 +73,7 @@ impl<R: Role> Link<R> {
             Some(mut backend) => match begin(&mut backend, &running, &role) {
                 Ok(()) => backend,
                 Err(error) if error.is_loss() => {
-                    warn!(
-                        "{}: the vhost-user back end at {} has gone; connecting again",
-                        self.name,
-                        self.socket.display()
-                    );
+                    warn!("{}: {error}; connecting again", self.name);
                     self.begin_anew(&running, &mut role)?
                 }
                 Err(error) => return Err(error.into()),
@@ -114,8 +110,12 @@ impl<R: Role> Link<R> {
 
     /// Ends the back end's work.
     pub(super) fn stop(&mut self) {
-        let State::Active(worker) = std::mem::replace(&mut self.state, State::Idle(None)) else {
-            return;
+        let worker = match std::mem::replace(&mut self.state, State::Idle(None)) {
+            State::Active(worker) => worker,
+            idle @ State::Idle(_) => {
+                self.state = idle;
+                return;
+            }
         };
         let Some(mut watch) = worker.stop() else {
             return;
