@@ -16,7 +16,10 @@ use devices::{
     virtio::{
         Reclaim,
         balloon::{Balloon, BalloonOptions},
-        block::{Block, BlockConfig, backend::NullImage},
+        block::{
+            Block, BlockConfig,
+            backend::{NullImage, Unmap},
+        },
         console::{Backend, Console},
         mem::Mem,
         net::{Net, Settings, features, mac::MacAddr, stream},
@@ -58,6 +61,7 @@ pub fn block() -> Block {
         queues: 2,
         queue_size: 128,
         serial: "specimen".to_owned(),
+        unmap: Unmap::Allowed,
         limits: RateLimiter::default(),
     };
     Block::new(Arc::new(NullImage(MIB)), config).expect("a disk")

@@ -7,6 +7,7 @@ use std::{fs, path::PathBuf, sync::LazyLock};
 use devices::virtio::{
     block::{
         Block, BlockConfig,
+        backend::Unmap,
         image::{Format, ImageOptions, open},
     },
     rate_limiter::RateLimiter,
@@ -19,8 +20,12 @@ static PATH: LazyLock<PathBuf> =
 /// Where the program for the driver begins in the input, and the image ends.
 const PROGRAM: usize = 64;
 
+/// How a version 3 image begins; others are refused at once.
+const MAGIC: &[u8] = b"QFI\xfb\0\0\0\x03";
+
 fuzz_target!(|input: &[u8]| {
-    let (program, image) = input.split_at(input.len().min(PROGRAM));
+    let (program, rest) = input.split_at(input.len().min(PROGRAM));
+    let image = [MAGIC, rest].concat();
     fs::write(&*PATH, image).expect("a file");
     let options = ImageOptions {
         format: Some(Format::Qcow2),
@@ -34,6 +39,7 @@ fuzz_target!(|input: &[u8]| {
         queues: 1,
         queue_size: 64,
         serial: String::new(),
+        unmap: Unmap::Allowed,
         limits: RateLimiter::default(),
     };
     if let Ok(device) = Block::new(image, config) {
