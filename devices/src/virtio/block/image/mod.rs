@@ -15,6 +15,8 @@ use std::{
     os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
+    time::{Duration, Instant},
 };
 
 use thiserror::Error;
@@ -26,6 +28,10 @@ use raw::RawImage;
 
 pub use raw::Engine;
 pub(super) use raw::RawFile;
+
+/// How long to wait for a lock. The kernel takes down the io_uring of a process that was killed when it gets to it, and keeps
+/// its files, with their locks, until then: a machine that is started anew at once would find itself in the way.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the bytes of an image mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,12 +187,18 @@ fn open_file(path: &Path, access: Access, cache: Cache) -> Result<File, ImageErr
         .custom_flags(direct)
         .open(path)
         .map_err(ImageError::host(path, "open"))?;
-    match lock::lock(&file, access).map_err(ImageError::host(path, "lock"))? {
-        Locked::Yes => Ok(file),
-        Locked::Elsewhere => Err(ImageError::InUse {
-            path: path.to_owned(),
-            access,
-        }),
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match lock::lock(&file, access).map_err(ImageError::host(path, "lock"))? {
+            Locked::Yes => return Ok(file),
+            Locked::Elsewhere if Instant::now() < deadline => thread::sleep(PATIENCE / 20),
+            Locked::Elsewhere => {
+                return Err(ImageError::InUse {
+                    path: path.to_owned(),
+                    access,
+                });
+            }
+        }
     }
 }
 
