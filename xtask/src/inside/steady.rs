@@ -1,14 +1,17 @@
-//! A virtual machine that does nothing, for as long as the lab lives, so that KVM does not rewrite the lab's kernel.
+//! Virtual machines and a control group that do nothing, for as long as the lab lives, so that the lab's kernel is not
+//! rewritten.
 //!
 //! Linux has switches in its code (static keys): a jump or nothing, changed by rewriting instructions on running processors,
 //! with a breakpoint in their place meanwhile. KVM switches one in the scheduler when the first machine comes and when the
-//! last one goes, and another while a local APIC is off. QEMU 7.2, emulating several processors at once, sometimes keeps a
+//! last one goes, another while a local APIC is off, a third while a processor has none, and Linux itself some in the memory
+//! allocator and the scheduler while there are control groups. QEMU 7.2, emulating several processors at once, sometimes keeps a
 //! translation of the breakpoint when it is gone. Linux takes such a breakpoint for one that was just removed and runs the
-//! instruction again, with interrupts off and for ever, on each processor that gets there. With one machine held, and its
-//! local APIC never on, nothing is switched any more.
+//! instruction again, with interrupts off and for ever, on each processor that gets there. With one machine
+//! held whose local APIC is never on, one that has none, and a control group with a limit, none of these is switched any more.
+//! Loading KVM rewrites hundreds of calls; the lab does that, and makes these machines, while only one of its processors is on.
 
 use std::ffi::{c_int, c_ulong};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
@@ -20,14 +23,25 @@ const KVM_CREATE_VM: c_ulong = 0xae01;
 const KVM_CREATE_VCPU: c_ulong = 0xae41;
 const KVM_CREATE_IRQCHIP: c_ulong = 0xae60;
 
-/// Makes the machine, says nothing, and returns in the caller only; a process in the background keeps it.
+/// The control group. It limits nobody.
+const GROUP: &str = "/sys/fs/cgroup/steady";
+const LIMIT: &str = "100000 100000";
+
+/// Makes the machines and the group, says nothing, and returns in the caller only; a process in the background keeps them.
 pub(crate) fn run() -> Result<i32> {
     let kvm = File::options()
         .read(true)
         .write(true)
         .open("/dev/kvm")
         .context(|| "cannot open /dev/kvm")?;
-    let _machine = machine(&kvm).context(|| "cannot make a virtual machine")?;
+    let _machines = [true, false]
+        .into_iter()
+        .map(|apic| machine(&kvm, apic))
+        .collect::<io::Result<Vec<_>>>()
+        .context(|| "cannot make a virtual machine")?;
+    fs::create_dir(GROUP)
+        .and_then(|()| fs::write(format!("{GROUP}/cpu.max"), LIMIT))
+        .context(|| format!("cannot make {GROUP}"))?;
     // SAFETY: this process has one thread.
     if unsafe { libc::daemon(0, 0) } != 0 {
         return Err(io::Error::last_os_error()).context(|| "cannot go to the background");
@@ -37,10 +51,12 @@ pub(crate) fn run() -> Result<i32> {
     }
 }
 
-/// A machine with one processor, which has a local APIC.
-fn machine(kvm: &File) -> io::Result<[OwnedFd; 2]> {
+/// A machine with one processor, which has a local APIC or none.
+fn machine(kvm: &File, apic: bool) -> io::Result<[OwnedFd; 2]> {
     let vm = descriptor(call(kvm, KVM_CREATE_VM)?);
-    call(&vm, KVM_CREATE_IRQCHIP)?;
+    if apic {
+        call(&vm, KVM_CREATE_IRQCHIP)?;
+    }
     let vcpu = descriptor(call(&vm, KVM_CREATE_VCPU)?);
     Ok([vm, vcpu])
 }

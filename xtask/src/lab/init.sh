@@ -51,7 +51,11 @@ echo up >&3
 while sleep 2; do echo alive >&3; done &
 share target /target ro,cache=loose
 share out /out rw,cache=none
-/lab/xtask inside steady || echo "lab: machines that come and go rewrite this kernel, which may stop it"
+# Loading KVM and its first machine rewrite code, which is safe as long as one processor runs.
+/lab/xtask inside steady || echo "lab: machines and groups that come and go rewrite this kernel, which may stop it"
+for cpu in /sys/devices/system/cpu/cpu*/online; do
+    [ "$(cat "$cpu")" = 1 ] || echo 1 >"$cpu"
+done
 
 if [ -e /lab/terminal ]; then
     # A login on the virtual console: the command is the leader of its session, so that ^C reaches it.

@@ -37,10 +37,16 @@ pub(super) struct Machine<'a> {
     pub(super) scratch: &'a Path,
 }
 
-/// Long enough for the slowest host; a lab that does not come up by then never will. Emulated machines hang once in a while.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
-/// A machine that lives says so every two seconds, however busy it is; one that has said nothing for so long has stopped.
-const SILENCE: Duration = Duration::from_secs(60);
+/// The processor time that a machine may use before it says that it has booted: many times what it takes.
+const BOOT_PATIENCE: Patience = Patience {
+    worked: Duration::from_secs(90),
+    waited: Duration::from_secs(600),
+};
+/// A machine that lives says so every two seconds, however busy it is; one that works and says nothing has stopped.
+const SILENCE: Patience = Patience {
+    worked: Duration::from_secs(60),
+    waited: Duration::from_secs(300),
+};
 /// How often to start a machine that stops.
 const ATTEMPTS: u32 = 5;
 
@@ -88,12 +94,12 @@ impl Machine<'_> {
             follow(&console);
         }
 
-        let (mut heard, mut patience) = (started, BOOT_TIMEOUT);
+        let mut silence = Silence::begin(&qemu, BOOT_PATIENCE);
         let told = loop {
             match receiver.recv_timeout(Duration::from_millis(50)) {
-                Ok(Said::Alive) => (heard, patience) = (Instant::now(), SILENCE),
+                Ok(Said::Alive) => silence = Silence::begin(&qemu, SILENCE),
                 Ok(said) => break said,
-                Err(_) if heard.elapsed() > patience => {
+                Err(_) if silence.is_too_long(&qemu) => {
                     qemu.end();
                     return Ok(None);
                 }
@@ -166,7 +172,8 @@ impl Machine<'_> {
             // TCG's time stamp counters agree between processors, which Linux cannot know by itself; with that said, KVM
             // keeps one clock for all guests, as on hardware.
             // On a busy host the timer can come too late for the kernel's check, which then panics.
-            .args(["-append", "console=ttyS0 panic=-1 tsc=reliable no_timer_check mitigations=off nokaslr random.trust_cpu=on quiet loglevel=5"])
+            // One processor at first: the others come when the kernel no longer rewrites its code (see `inside::steady`).
+            .args(["-append", "console=ttyS0 panic=-1 maxcpus=1 noreplace-smp tsc=reliable no_timer_check mitigations=off nokaslr random.trust_cpu=on quiet loglevel=5"])
             .args(["-serial", &format!("file:{}", console.display())])
             .args(["-device", "virtio-serial-pci"])
             .args(["-chardev", &socket("status"), "-device", "virtserialport,chardev=status,name=status"])
@@ -204,10 +211,49 @@ impl Machine<'_> {
     }
 }
 
+/// How long a machine may say nothing. On a host that is busy with other things time passes in which the machine does not
+/// run; a stopped one spins. So the time it has worked counts first, and the clock's only for one that does nothing at all.
+#[derive(Clone, Copy)]
+struct Patience {
+    worked: Duration,
+    waited: Duration,
+}
+
+/// The time since a machine said something.
+struct Silence {
+    patience: Patience,
+    since: Instant,
+    /// What the machine had worked then.
+    worked: Duration,
+}
+
+impl Silence {
+    fn begin(qemu: &Qemu, patience: Patience) -> Self {
+        Self {
+            patience,
+            since: Instant::now(),
+            worked: qemu.worked(),
+        }
+    }
+
+    fn is_too_long(&self, qemu: &Qemu) -> bool {
+        self.since.elapsed() > self.patience.waited
+            || qemu.worked().saturating_sub(self.worked) > self.patience.worked
+    }
+}
+
 /// QEMU, ended when this goes out of scope.
 struct Qemu(Child);
 
 impl Qemu {
+    /// The processor time that QEMU has used; none if it has ended.
+    fn worked(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap_or_default();
+        // SAFETY: no pointer is involved.
+        let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+        Duration::from_secs(ticks(&stat)) / u32::try_from(per_second).unwrap_or(100).max(1)
+    }
+
     fn end(&mut self) {
         // SIGTERM rather than SIGKILL: QEMU then gives the terminal back as it was.
         // SAFETY: the child has not been waited for, so the process id is still its own.
@@ -326,7 +372,7 @@ fn follow(console: &Path) {
         let mut log = loop {
             match File::open(&path) {
                 Ok(log) => break log,
-                Err(_) if started.elapsed() < BOOT_TIMEOUT => {
+                Err(_) if started.elapsed() < BOOT_PATIENCE.waited => {
                     thread::sleep(Duration::from_millis(50));
                 }
                 Err(_) => return,
@@ -341,6 +387,13 @@ fn follow(console: &Path) {
     });
 }
 
+/// User and system time in `/proc/…/stat`, whose second field is a name in parentheses that may hold anything.
+fn ticks(stat: &str) -> u64 {
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let times = after_name.split_whitespace().skip(11).take(2);
+    times.filter_map(|time| time.parse::<u64>().ok()).sum()
+}
+
 fn last_lines(file: &Path, count: usize) -> String {
     let text = fs::read(file)
         .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
@@ -352,6 +405,36 @@ fn last_lines(file: &Path, count: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn time_without_the_processor_is_not_held_against_a_machine() {
+        let sleeping = Qemu(Command::new("sleep").arg("60").spawn().unwrap());
+        let spinning = Qemu(
+            Command::new("sh")
+                .args(["-c", "while :; do :; done"])
+                .spawn()
+                .unwrap(),
+        );
+        let patience = Patience {
+            worked: Duration::from_millis(50),
+            waited: Duration::from_secs(60),
+        };
+        let silences = [&sleeping, &spinning].map(|qemu| Silence::begin(qemu, patience));
+        let began = Instant::now();
+        while !silences[1].is_too_long(&spinning) {
+            assert!(began.elapsed() < patience.waited);
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(spinning.worked() > patience.worked);
+        assert!(!silences[0].is_too_long(&sleeping));
+    }
+
+    #[test]
+    fn processor_time_is_user_and_system_time() {
+        let stat = "42 (qemu) x (1)) S 1 42 42 0 -1 4194560 9 8 7 6 1000 234 5 4 20 0 3 0 99";
+        assert_eq!(ticks(stat), 1234);
+        assert_eq!(ticks(""), 0);
+    }
 
     #[test]
     fn a_machine_that_does_not_listen_is_ended_too() {
