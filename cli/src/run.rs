@@ -178,8 +178,12 @@ struct DeviceArguments {
     /// A device for the guest to tell of a panic
     #[arg(long)]
     pvpanic: bool,
-    /// A folder that virtiofsd serves, once for each: tag=NAME,socket=PATH[,num_queues=N][,queue_size=N]
-    #[arg(long, value_name = "OPTIONS")]
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        help = "A folder that virtiofsd serves, once for each: tag=NAME,socket=PATH[,num_queues=N][,queue_size=N]"
+    )]
     fs: Vec<FsConfig>,
 }
 
