@@ -7,6 +7,8 @@ use std::{
     os::unix::fs::{FileExt, MetadataExt},
     path::Path,
     process::Command,
+    thread,
+    time::{Duration, Instant},
 };
 
 use devices::virtio::block::{
@@ -19,17 +21,28 @@ const SIZE: usize = 4 << 20;
 
 /// Runs `qemu-img`; `None`, and a line, where there is none.
 fn qemu_img(test: &str, folder: &Folder, command: &str) -> Option<()> {
-    let output = Command::new("qemu-img")
-        .args(command.split(' '))
-        .current_dir(folder.path(""))
-        .output();
-    let Ok(output) = output else {
-        eprintln!("SKIP {test}: there is no qemu-img (Debian: qemu-utils)");
-        return None;
-    };
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "qemu-img {command}: {error}");
-    Some(())
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let output = Command::new("qemu-img")
+            .args(command.split(' '))
+            .current_dir(folder.path(""))
+            .output();
+        let Ok(output) = output else {
+            eprintln!("SKIP {test}: there is no qemu-img (Debian: qemu-utils)");
+            return None;
+        };
+        if output.status.success() {
+            return Some(());
+        }
+        let error = String::from_utf8_lossy(&output.stderr);
+        // A process that another test starts has the images of this one, with their locks, until it is another program.
+        let locked = error.contains("Failed to lock");
+        assert!(
+            locked && Instant::now() < deadline,
+            "qemu-img {command}: {error}"
+        );
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn qcow2(path: &Path) -> ImageOptions {
