@@ -2,7 +2,7 @@
 //! fuzzers.
 //!
 //! [`Guest`] is a machine with some memory and one device in it. It lays out rings, activates the device and takes its
-//! interrupts; a [`Ring`] is one of its queues, filled as an ordinary driver would fill it, or as none ever should. [`drive`] is a
+//! interrupts; a [`Ring`] is one of its queues, filled as an ordinary driver would fill it, or as none ever should. [`drive()`] is a
 //! driver that bytes lead, for fuzzing, and a [`specimen`] what it does it to.
 //!
 //! ```
