@@ -59,25 +59,13 @@ fn inflate(guest: &mut Guest<Balloon>, ring: &mut Ring, pages: &[u32]) {
     assert_eq!(ring.wait(), (head, 0));
 }
 
-/// Bytes of the mapping at `address` that are in memory.
-fn resident(address: *const u8) -> u64 {
-    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-    let mut inside = false;
-    for line in maps.lines() {
-        let word = line.split(' ').next().unwrap_or_default();
-        if let Some((start, end)) = word.split_once('-')
-            && let (Ok(start), Ok(end)) = (
-                usize::from_str_radix(start, 16),
-                usize::from_str_radix(end, 16),
-            )
-        {
-            inside = (start..end).contains(&(address as usize));
-        } else if inside && word == "Rss:" {
-            let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-            return kib * 1024;
-        }
-    }
-    panic!("no mapping");
+/// How many bytes of the `length` at `address` the host has memory for.
+fn resident(address: *mut u8, length: u64) -> u64 {
+    let mut pages = vec![0u8; (length / PAGE) as usize];
+    // SAFETY: the range is mapped, and there is a byte for each of its pages.
+    let result = unsafe { libc::mincore(address.cast(), length as usize, pages.as_mut_ptr()) };
+    assert_eq!(result, 0);
+    pages.iter().filter(|page| **page & 1 != 0).count() as u64 * PAGE
 }
 
 fn on_host_memory(memory: &GuestMemoryMmap) -> Guest<Balloon> {
@@ -106,14 +94,14 @@ fn private_memory_goes_back_to_the_host() {
     fill(&memory);
     let mut guest = on_host_memory(&memory);
     let (mut ring, mut reports) = (guest.ring(0), guest.ring(3));
-    let before = resident(host);
+    let before = resident(host, 64 * MIB);
     let pages: Vec<u32> = (16 * MIB / PAGE..32 * MIB / PAGE)
         .map(|page| page as u32)
         .collect();
     for piece in pages.chunks(256) {
         inflate(&mut guest, &mut ring, piece);
     }
-    let inflated = resident(host);
+    let inflated = resident(host, 64 * MIB);
     assert!(
         before - inflated > 15 * MIB,
         "{before} bytes before, {inflated} after"
@@ -132,7 +120,7 @@ fn private_memory_goes_back_to_the_host() {
     );
     reports.kick();
     assert_eq!(reports.wait(), (head, 0));
-    let reported = resident(host);
+    let reported = resident(host, 64 * MIB);
     assert!(
         inflated - reported > 15 * MIB,
         "{inflated} bytes before, {reported} after"

@@ -423,21 +423,21 @@ fn vcpus_of_one_vm_take_turns_one_by_one() {
     }
     let claim = claim(&ledger, &plan);
     let rotator = Rotator::start(&enforcer, &claim, None).unwrap().unwrap();
-    thread::sleep(Duration::from_millis(50));
-    let before = bodies.each_ref().map(|body| run_ns(body.tid));
-    thread::sleep(Duration::from_millis(900));
-    let run: Vec<u64> = bodies
-        .iter()
-        .zip(before)
-        .map(|(body, before)| run_ns(body.tid) - before)
-        .collect();
-    let total: u64 = run.iter().sum();
-    println!("shares {run:?}");
-    for run in run {
-        let share = run as f64 / total as f64;
-        // Other load on the machine blurs it; without turns the one that is alone on a CPU has half.
-        assert!((0.15..0.55).contains(&share), "{share}");
-    }
+    // Other load on the machine blurs it, so one stretch of time without is enough.
+    let even = (0..20).any(|_| {
+        let before = bodies.each_ref().map(|body| run_ns(body.tid));
+        thread::sleep(Duration::from_millis(900));
+        let run: Vec<u64> = bodies
+            .iter()
+            .zip(before)
+            .map(|(body, before)| run_ns(body.tid) - before)
+            .collect();
+        println!("shares {run:?}");
+        let total: u64 = run.iter().sum();
+        run.iter()
+            .all(|run| (0.25..0.42).contains(&(*run as f64 / total as f64)))
+    });
+    assert!(even, "without turns, one vCPU is alone on a CPU");
     drop(rotator);
 }
 
