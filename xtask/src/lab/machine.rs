@@ -255,12 +255,17 @@ impl Qemu {
     }
 
     fn end(&mut self) {
+        self.end_within(END_TIMEOUT);
+    }
+
+    /// Ends it, by force if it has not ended `patience` after it was told to.
+    fn end_within(&mut self, patience: Duration) {
         // SIGTERM rather than SIGKILL: QEMU then gives the terminal back as it was.
         // SAFETY: the child has not been waited for, so the process id is still its own.
         unsafe { libc::kill(self.0.id().cast_signed(), libc::SIGTERM) };
         let asked = Instant::now();
         while matches!(self.0.try_wait(), Ok(None)) {
-            if asked.elapsed() > END_TIMEOUT {
+            if asked.elapsed() > patience {
                 let _ = self.0.kill();
                 let _ = self.0.wait();
                 return;
@@ -448,7 +453,7 @@ mod tests {
         let mut output = child.stdout.take().unwrap();
         output.read_exact(&mut ready).unwrap();
         let mut machine = Qemu(child);
-        machine.end();
+        machine.end_within(Duration::from_millis(100));
         assert!(matches!(machine.0.try_wait(), Ok(Some(_))));
     }
 }
