@@ -7,10 +7,14 @@ use crate::{Result, report::Report};
 const PAGE: &str = "docs/src/explanation/sched-bench.md";
 const README: &str = "README.md";
 
-/// Puts an experiment's table between `<!-- NAME -->` and `<!-- /NAME -->` of `page`; without one, of the book's page, and its headline,
+/// Puts an experiment's plot and table between `<!-- NAME -->` and `<!-- /NAME -->` of `page`; without one, of the book's page, and its headline,
 /// if it has one, between the same marks of the README.
 pub(crate) fn fill(page: Option<&Path>, name: &str, report: &Report<'_>) -> Result<()> {
-    put(page.unwrap_or(Path::new(PAGE)), name, &report.markdown())?;
+    // The other page is that of the lab.
+    let plots = if page.is_some() { "sched-lab" } else { "sched" };
+    let plot = format!("![{}](../images/{plots}/{name}.svg)", name.to_uppercase());
+    let text = format!("{plot}\n\n{}", report.markdown());
+    put(page.unwrap_or(Path::new(PAGE)), name, &text)?;
     match report.headline() {
         Some(headline) if page.is_none() => put(Path::new(README), name, &headline),
         _ => Ok(()),

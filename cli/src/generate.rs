@@ -5,7 +5,7 @@ use std::{error::Error, fs, io, path::PathBuf};
 use clap::{Args, Command};
 use clap_complete::Shell;
 
-use crate::FAILURE;
+use crate::{FAILURE, say};
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
@@ -41,10 +41,10 @@ impl Man {
         match self.write(command) {
             Ok(()) => 0,
             Err(error) => {
-                eprintln!(
-                    "rota: cannot write man pages to {}: {error}",
+                say(format_args!(
+                    "cannot write man pages to {}: {error}",
                     self.folder.display()
-                );
+                ));
                 FAILURE
             }
         }

@@ -6,7 +6,11 @@ mod generate;
 mod plan;
 mod run;
 
-use std::process::ExitCode;
+use std::{
+    fmt::Display,
+    io::{self, Write},
+    process::ExitCode,
+};
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
@@ -51,10 +55,10 @@ fn main() -> ExitCode {
         Err(error) => return ExitCode::from(complain(&error)),
     };
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(io::stderr)
         .with_max_level(tracing::Level::WARN)
         .with_target(false)
-        .with_ansi(colour::wanted(&std::io::stderr()))
+        .with_ansi(colour::wanted(&io::stderr()))
         .without_time()
         .init();
     match cli.command {
@@ -64,6 +68,11 @@ fn main() -> ExitCode {
         Command::Completions(completions) => ExitCode::from(completions.run(Cli::command())),
         Command::Man(man) => ExitCode::from(man.run(Cli::command())),
     }
+}
+
+/// Tells the user something on standard error, if anybody is left to read it: what is told must not decide how it ends.
+pub(crate) fn say(text: impl Display) {
+    let _ = writeln!(io::stderr(), "rota: {}", text.to_string().trim_end());
 }
 
 /// Help and version go out whole; an error is one line.
@@ -82,6 +91,6 @@ fn complain(error: &clap::Error) -> u8 {
         .take_while(|line| !line.is_empty())
         .map(str::trim)
         .collect();
-    eprintln!("{} (see --help)", message.join(" "));
+    let _ = writeln!(io::stderr(), "{} (see --help)", message.join(" "));
     USAGE
 }

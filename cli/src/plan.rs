@@ -13,7 +13,7 @@ use scheduler::{
 };
 use vmm::config::MemoryConfig;
 
-use crate::FAILURE;
+use crate::{FAILURE, say};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -77,7 +77,7 @@ impl Plan {
         match self.answer() {
             Ok(status) => status,
             Err(error) => {
-                eprintln!("rota: {error}");
+                say(error);
                 FAILURE
             }
         }
@@ -95,10 +95,10 @@ impl Plan {
                 .map_err(|error| format!("{}: {error}", path.display()))?;
             vcpus = import.vcpus.unwrap_or(vcpus);
             for line in &import.mapped {
-                eprintln!("mapped {line}");
+                say(format_args!("mapped {line}"));
             }
             for line in &import.unmapped {
-                eprintln!("not mapped {line}");
+                say(format_args!("not mapped {line}"));
             }
             self.sched = import.policy;
         }
@@ -131,7 +131,7 @@ impl Plan {
                 }
             }
             Err(rejection) => {
-                eprint!("rota: {rejection}");
+                say(rejection);
             }
         }
         Ok(status)

@@ -15,7 +15,7 @@ use vmm::{
     scheduling::SchedulingConfig,
 };
 
-use crate::{CRASHED, FAILURE};
+use crate::{CRASHED, FAILURE, say};
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
@@ -75,7 +75,7 @@ impl Run {
         let scheduling = match self.scheduling.complete(&self.cpus.placement) {
             Ok(scheduling) => scheduling,
             Err(error) => {
-                eprintln!("rota: {error}");
+                say(error);
                 return FAILURE;
             }
         };
@@ -104,21 +104,21 @@ impl Run {
             Ok(Ended::PoweredOff) => (0, "powered off"),
             Ok(Ended::Interrupted) => (0, "interrupted"),
             Ok(Ended::Crashed(crash)) => {
-                eprint!("rota: the guest crashed: {crash}");
+                say(format_args!("the guest crashed: {crash}"));
                 (CRASHED, "crashed")
             }
             Err(error) => {
-                eprintln!("rota: {}", chain(error));
+                say(chain(error));
                 (FAILURE, "error")
             }
         };
         if let Some(path) = &self.report
             && let Err(error) = report.write(path, config.cpus.boot_vcpus, ended)
         {
-            eprintln!(
-                "rota: cannot write the report to {}: {error}",
+            say(format_args!(
+                "cannot write the report to {}: {error}",
                 path.display()
-            );
+            ));
             return status.max(FAILURE);
         }
         status

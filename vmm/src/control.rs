@@ -4,7 +4,7 @@
 //! console's input. Between them it writes the metrics, if a file for them was asked for.
 
 use std::{
-    io,
+    io::{self, Write},
     os::fd::AsRawFd,
     time::{Duration, Instant},
 };
@@ -137,7 +137,8 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
         };
         if let Some(announcement) = announcement.take() {
             let plan = placed.as_ref().map(Placed::to_string);
-            eprint!("{announcement}{}", plan.unwrap_or_default());
+            // Whoever read standard error may be gone, and the machine runs all the same.
+            let _ = write!(io::stderr(), "{announcement}{}", plan.unwrap_or_default());
         }
         let mut vm = vm.start(placed.as_mut())?;
         state.advance(State::Running)?;

@@ -13,7 +13,7 @@ use clap::Args;
 use scheduler::{BUDGET, Detection, Effect, Host, PartitionProperties, ProbePartition, SchedMode};
 use serde::Serialize;
 
-use crate::{FAILURE, colour};
+use crate::{FAILURE, colour, say};
 
 const DEVICE: &str = "/dev/mshv";
 
@@ -82,7 +82,7 @@ impl Doctor {
         match self.examine() {
             Ok(report) => self.print(&report),
             Err(error) => {
-                eprintln!("rota: {error}");
+                say(error);
                 FAILURE
             }
         }
@@ -128,7 +128,7 @@ impl Doctor {
             match serde_json::to_string(report) {
                 Ok(json) => json + "\n",
                 Err(error) => {
-                    eprintln!("rota: {error}");
+                    say(error);
                     return FAILURE;
                 }
             }
