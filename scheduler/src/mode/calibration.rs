@@ -156,7 +156,7 @@ impl Run {
         let Times { wall, run, .. } = self.times;
         if self.awake * 5 >= self.looks * 4 && run >= ENOUGH_RUN {
             Says::Linux
-        } else if self.awake * 5 <= self.looks && run * 5 <= wall {
+        } else if self.awake * 5 <= self.looks && run * 10 <= wall {
             Says::Hypervisor
         } else {
             Says::Nothing
@@ -388,14 +388,17 @@ impl Session<'_> {
     }
 }
 
-/// Whether a thread is on a CPU or waits for one, by the state in its `stat`, which stands behind its name.
+/// Whether a thread is on a CPU or waits for one, by the state in its `stat`, which stands behind its name. One that waits for
+/// memory of its own (`D`) neither runs a VP nor sleeps while another does.
 fn is_awake(stat: &File) -> Option<bool> {
     let mut text = [0; 256];
     let length = stat.read_at(&mut text, 0).ok()?;
     let end_of_name = text[..length].iter().rposition(|byte| *byte == b')')?;
-    text[..length]
-        .get(end_of_name + 2)
-        .map(|state| *state == b'R')
+    match text[..length].get(end_of_name + 2)? {
+        b'R' => Some(true),
+        b'S' => Some(false),
+        _ => None,
+    }
 }
 
 /// Makes the calling thread an ordinary one on `cpu`; whether it is there.
@@ -523,6 +526,11 @@ mod tests {
         assert_eq!(run(1, 0, 30, 40).says(), Says::Hypervisor, "a busy machine");
         assert_eq!(run(20, 1, 39, 40).says(), Says::Nothing, "it only waited");
         assert_eq!(run(10, 20, 0, 40).says(), Says::Nothing);
+        assert_eq!(
+            run(3, 7, 3, 40).says(),
+            Says::Nothing,
+            "it was late, and then counted"
+        );
         assert_eq!(
             run(0, 30, 0, 40).says(),
             Says::Nothing,
