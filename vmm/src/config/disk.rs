@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     ConfigError,
     options::{keys, number, switch},
-    rate_limiter::{RateLimiterConfig, TokenBucket},
+    rate_limiter::RateLimiterConfig,
 };
 
 /// What the guest can read of a serial.
@@ -168,22 +168,17 @@ impl FromStr for DiskConfig {
             "path, readonly, direct, num_queues, queue_size, id, serial, backing_files, sparse, image_type, \
              bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time",
         )?;
-        let bandwidth = TokenBucket::from_options(
-            ["bw_size", "bw_one_time_burst", "bw_refill_time"],
+        let rate_limiter_config = RateLimiterConfig::from_options(
             [bw_size, bw_one_time_burst, bw_refill_time],
-        )?;
-        let ops = TokenBucket::from_options(
-            ["ops_size", "ops_one_time_burst", "ops_refill_time"],
             [ops_size, ops_one_time_burst, ops_refill_time],
         )?;
-        let any_limit = bandwidth.is_some() || ops.is_some();
         Ok(Self {
             path: path.ok_or(ConfigError::Missing("path"))?.into(),
             readonly: switch("readonly", readonly)?,
             direct: switch("direct", direct)?,
             num_queues: small("num_queues", num_queues, one)?,
             queue_size: small("queue_size", queue_size_value, queue_size)?,
-            rate_limiter_config: any_limit.then_some(RateLimiterConfig { bandwidth, ops }),
+            rate_limiter_config,
             id: id.map(str::to_owned),
             serial: serial.map(str::to_owned),
             backing_files: switch("backing_files", backing_files)?,
@@ -208,6 +203,7 @@ fn small(key: &'static str, value: Option<&str>, default: fn() -> u16) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::TokenBucket;
 
     #[test]
     fn options() {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     ConfigError,
     options::{keys, list, number, switch},
-    rate_limiter::{RateLimiterConfig, TokenBucket},
+    rate_limiter::RateLimiterConfig,
 };
 
 /// Queues there may be: each pair has a thread.
@@ -262,15 +262,10 @@ impl FromStr for NetConfig {
             })
             .transpose()?;
         let unless_off = |key, value: Option<&str>| switch(key, value.or(Some("on")));
-        let bandwidth = TokenBucket::from_options(
-            ["bw_size", "bw_one_time_burst", "bw_refill_time"],
+        let rate_limiter_config = RateLimiterConfig::from_options(
             [bw_size, bw_burst, bw_time],
-        )?;
-        let ops = TokenBucket::from_options(
-            ["ops_size", "ops_one_time_burst", "ops_refill_time"],
             [ops_size, ops_burst, ops_time],
         )?;
-        let any_limit = bandwidth.is_some() || ops.is_some();
         let default = Self::default();
         let config = Self {
             tap: owned(tap),
@@ -291,7 +286,7 @@ impl FromStr for NetConfig {
             queue_size: small("queue_size", queue_size)?.unwrap_or(default.queue_size),
             vhost: switch("vhost", vhost)?,
             id: owned(id),
-            rate_limiter_config: any_limit.then_some(RateLimiterConfig { bandwidth, ops }),
+            rate_limiter_config,
             offload_tso: unless_off("offload_tso", tso)?,
             offload_ufo: unless_off("offload_ufo", ufo)?,
             offload_csum: unless_off("offload_csum", csum)?,

@@ -19,6 +19,24 @@ pub struct RateLimiterConfig {
     pub ops: Option<TokenBucket>,
 }
 
+impl RateLimiterConfig {
+    /// From the values of the options for bytes and for operations, each size, burst and time to refill; nothing where none is
+    /// given.
+    pub(super) fn from_options(
+        bandwidth: [Option<&str>; 3],
+        ops: [Option<&str>; 3],
+    ) -> Result<Option<Self>, ConfigError> {
+        let bandwidth = TokenBucket::from_options(
+            ["bw_size", "bw_one_time_burst", "bw_refill_time"],
+            bandwidth,
+        )?;
+        let ops =
+            TokenBucket::from_options(["ops_size", "ops_one_time_burst", "ops_refill_time"], ops)?;
+        let any = bandwidth.is_some() || ops.is_some();
+        Ok(any.then_some(Self { bandwidth, ops }))
+    }
+}
+
 /// So much at once, and so fast again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,7 +52,7 @@ pub struct TokenBucket {
 
 impl TokenBucket {
     /// From what the options with `names` (size, burst, time to refill) say.
-    pub(super) fn from_options(
+    fn from_options(
         names: [&'static str; 3],
         values: [Option<&str>; 3],
     ) -> Result<Option<Self>, ConfigError> {
