@@ -19,6 +19,7 @@
 
 pub mod bus;
 pub mod cmos;
+pub mod hotplug;
 pub mod i8042;
 pub mod ioapic;
 pub mod pci;
