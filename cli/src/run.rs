@@ -5,6 +5,7 @@ use std::{error::Error, path::PathBuf, str::FromStr, time::Instant};
 use clap::Args;
 use scheduler::{SchedMode, VmPolicy, policy::CpusOption};
 use vmm::{
+    api::ApiSocket,
     config::{
         BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig,
         PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
@@ -63,6 +64,9 @@ pub(crate) struct Run {
     devices: DeviceArguments,
     #[command(flatten)]
     scheduling: SchedulingArguments,
+    /// Listen for requests, as cloud-hypervisor's API has them, at a Unix socket: path=PATH or PATH
+    #[arg(long, value_name = "SOCKET")]
+    api_socket: Option<ApiSocket>,
     /// Write a JSON report at the end: exits and ioctls by kind, times, memory, scheduler
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -99,7 +103,7 @@ impl Run {
             fs: self.devices.fs,
             scheduling,
         };
-        let result = control::run(&config, &mut report);
+        let result = control::run(&config, self.api_socket.as_ref(), &mut report);
         let (status, ended) = match &result {
             Ok(Ended::PoweredOff) => (0, "powered off"),
             Ok(Ended::Interrupted) => (0, "interrupted"),
@@ -169,8 +173,12 @@ struct DeviceArguments {
         help = "Memory balloon: size=SIZE[,deflate_on_oom=on|off][,free_page_reporting=on|off]"
     )]
     balloon: Option<BalloonConfig>,
-    /// Sockets between guest and host: cid=CID,socket=PATH
-    #[arg(long, value_name = "OPTIONS")]
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        help = "Sockets between guest and host: cid=CID,socket=PATH[,id=NAME]"
+    )]
     vsock: Option<VsockConfig>,
     /// Reset a guest that has begun to give signs of life and stops
     #[arg(long)]
@@ -182,7 +190,7 @@ struct DeviceArguments {
     #[arg(
         long,
         value_name = "OPTIONS",
-        help = "A folder that virtiofsd serves, once for each: tag=NAME,socket=PATH[,num_queues=N][,queue_size=N]"
+        help = "A folder that virtiofsd serves, once for each: tag=NAME,socket=PATH[,num_queues=N][,queue_size=N][,id=NAME]"
     )]
     fs: Vec<FsConfig>,
 }

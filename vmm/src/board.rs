@@ -11,6 +11,7 @@ use std::{
 use devices::{
     Bus, BusError,
     cmos::Cmos,
+    hotplug::Hotplug,
     i8042::I8042,
     ioapic::Ioapic,
     pci::{ConfigPorts, Ecam, HostBridge, PciBus, PciError, Slot, Window},
@@ -55,6 +56,16 @@ pub enum BoardError {
     },
 }
 
+/// Whether a machine has events for its guest: devices that come and go, and a power button. A guest that looks for them takes
+/// longer to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Events {
+    /// It has.
+    On,
+    /// Nothing will ever happen to it.
+    Off,
+}
+
 /// All devices of a machine.
 pub struct Board {
     ports: Bus,
@@ -62,11 +73,13 @@ pub struct Board {
     ioapic: Arc<Ioapic<PinRoutes>>,
     serial: Option<Arc<Serial>>,
     power: Arc<Power>,
+    plug: Arc<Plug>,
+    hotplug: Option<Arc<Hotplug>>,
 }
 
 impl Board {
     /// Puts the machine that `config` describes together; `console` is where the serial port prints, `None` for a machine
-    /// without one; `hvc` is the other end of the virtio console.
+    /// without one; `hvc` is the other end of the virtio console. With `events`, devices can come and go while the guest runs.
     ///
     /// # Errors
     /// When the host or the partition has not what a device needs.
@@ -77,6 +90,7 @@ impl Board {
         ram: &[layout::Range],
         console: Option<Box<dyn Write + Send>>,
         hvc: &Hvc,
+        events: Events,
     ) -> Result<Self, BoardError> {
         let event = |device| move |source| BoardError::Host { device, source };
         let power = Arc::new(Power {
@@ -89,12 +103,12 @@ impl Board {
 
         let pci = Arc::new(PciBus::default());
         pci.insert(Slot::device(0), Arc::new(HostBridge))?;
-        let plug = Plug::new(
+        let plug = Arc::new(Plug::new(
             Arc::clone(partition),
             routes,
             memory.clone(),
             Arc::clone(&pci),
-        );
+        ));
         peripherals::plug_all(&plug, config, hvc, &switch())?;
 
         let mut mmio = Bus::new("mmio");
@@ -160,12 +174,27 @@ impl Board {
             )?;
             serial = Some(port);
         }
+        let mut hotplug = None;
+        if events == Events::On {
+            let interrupt = EventFd::new(EFD_NONBLOCK).map_err(event("event device"))?;
+            partition.register_irqfd(&interrupt, layout::HOTPLUG_PIN)?;
+            let device = Arc::new(Hotplug::new(interrupt, Arc::clone(&plug) as _));
+            ports.insert(
+                layout::HOTPLUG_PORT,
+                layout::HOTPLUG_PORTS,
+                "hot-plug",
+                Arc::clone(&device) as _,
+            )?;
+            hotplug = Some(device);
+        }
         Ok(Self {
             ports,
             mmio,
             ioapic,
             serial,
             power,
+            plug,
+            hotplug,
         })
     }
 
@@ -179,6 +208,17 @@ impl Board {
     #[must_use]
     pub fn power(&self) -> &Power {
         &self.power
+    }
+
+    /// Where devices are plugged in.
+    pub(crate) fn plug(&self) -> &Plug {
+        &self.plug
+    }
+
+    /// What tells the guest of devices that come and go, if it can be told.
+    #[must_use]
+    pub fn hotplug(&self) -> Option<&Hotplug> {
+        self.hotplug.as_deref()
     }
 
     /// Accesses that no device claimed, on ports and in memory.

@@ -1,7 +1,7 @@
 //! The control thread: starts the machine, waits for what happens to it, and says how it ended.
 //!
-//! It waits with `poll` on four things: signals, the guest's power switch, VP threads that end by themselves, and the
-//! console's input. Between them it writes the metrics, if a file for them was asked for.
+//! It waits with `poll` on five things: signals, the guest's power switch, VP threads that end by themselves, the console's
+//! input, and what clients of the API ask for. Between them it writes the metrics, if a file for them was asked for.
 
 use std::{
     io::{self, Write},
@@ -14,6 +14,8 @@ use scheduler::Meter;
 use vcpu::Crash;
 
 use crate::{
+    api::{ApiError, ApiSocket, Desk, Queue, Reply, Server, Wish},
+    board::Events,
     config::{ConfigError, VmConfig},
     console::{Console, ConsoleError},
     hvc::{Hvc, HvcError},
@@ -58,6 +60,9 @@ pub enum RunError {
     /// Where and when its vCPUs are to run.
     #[error(transparent)]
     Scheduling(#[from] SchedulingError),
+    /// The API.
+    #[error(transparent)]
+    Api(#[from] ApiError),
     /// A state that does not follow from the one before.
     #[error(transparent)]
     State(#[from] TransitionError),
@@ -80,14 +85,23 @@ enum Event {
     Crashed(Box<Crash>),
     VpPanicked,
     Interrupted,
+    /// A client of the API wishes something of the whole machine.
+    Asked(Wish, Reply),
 }
 
 /// Runs the machine `config` describes until it ends, through any number of resets. Call it on the main thread, before there
-/// are others. What happens is noted in `report`.
+/// are others. What happens is noted in `report`. With `socket`, clients can ask things of the machine there, and it can be
+/// shut down and started again.
 ///
 /// # Errors
 /// [`RunError`]: one line with its causes.
-pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
+pub fn run(
+    config: &VmConfig,
+    socket: Option<&ApiSocket>,
+    report: &mut Report,
+) -> Result<Ended, RunError> {
+    let mut config = config.clone();
+    config.name_devices();
     config.validate(address_bits())?;
     let signals = Signals::take().map_err(|source| RunError::Host {
         what: "take signals",
@@ -102,10 +116,11 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
     let capabilities = detection.capabilities;
     // What there is to say, once nothing can be wrong any more.
     let mut announcement = format!("{detection}\n");
-    let scheduling = Scheduling::begin(config, &detection)?;
+    let scheduling = Scheduling::begin(&config, &detection)?;
     report.scheduler = Some(detection);
-    let metrics = config.scheduling.metrics.as_deref();
+    let metrics = config.scheduling.metrics.clone();
     let mut metrics = metrics
+        .as_deref()
         .map(MetricsFile::create)
         .transpose()
         .map_err(|source| RunError::Host {
@@ -120,6 +135,11 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
     if let Some(path) = hvc.pty() {
         announcement += &format!("console: {}\n", path.display());
     }
+    let (_server, requests) = socket.map(Server::start).transpose()?.unzip();
+    let events = match socket {
+        Some(_) => Events::On,
+        None => Events::Off,
+    };
     let mut announcement = Some(announcement);
     report.plan = scheduling
         .as_ref()
@@ -129,7 +149,7 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
     let mut state = State::Created;
     let ended = loop {
         state.advance(State::Booting)?;
-        let vm = Vm::prepare(&device, capabilities, config, &console, &hvc)?;
+        let vm = Vm::prepare(&device, capabilities, &config, &console, &hvc, events)?;
         let partition = vm.partition();
         let mut placed = match &scheduling {
             Some(scheduling) => Some(scheduling.place(&partition, report.metering.take())?),
@@ -144,13 +164,28 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
         state.advance(State::Running)?;
         report.mark("running");
         let meter = placed.as_ref().map(Placed::meter);
-        let event = wait(&vm, &mut console, &signals, metrics.as_mut().zip(meter))?;
+        let mut desk = Desk {
+            config: &mut config,
+            vm: Some(&vm),
+            state,
+            address_bits: address_bits(),
+        };
+        let event = wait(
+            &mut desk,
+            &vm,
+            &mut console,
+            &signals,
+            requests.as_ref(),
+            metrics.as_mut().zip(meter),
+        )?;
+        desk.forget_ejected();
         signals_after(&event, &signals);
         report.metering = placed.as_ref().map(|placed| placed.meter().sample());
         let clean = vm.stop();
         report.effects = placed.as_ref().map(Placed::effects);
         drop(placed);
         report.add_boot(&vm);
+        drop(vm);
         match event {
             _ if !clean => return Err(RunError::VpPanicked),
             Event::VpPanicked => return Err(RunError::VpPanicked),
@@ -160,6 +195,26 @@ pub fn run(config: &VmConfig, report: &mut Report) -> Result<Ended, RunError> {
             Event::Crashed(crash) => {
                 state.advance(State::Crashed)?;
                 break Ended::Crashed(crash);
+            }
+            Event::Asked(wish, reply) => {
+                state.advance(State::Shutdown)?;
+                reply.done();
+                match wish {
+                    Wish::Reboot | Wish::Boot => {}
+                    Wish::Leave => break Ended::Interrupted,
+                    Wish::ShutDown => {
+                        let mut desk = Desk {
+                            config: &mut config,
+                            vm: None,
+                            state,
+                            address_bits: address_bits(),
+                        };
+                        if idle(&mut desk, &mut console, &signals, requests.as_ref())? == Idle::Ends
+                        {
+                            break Ended::Interrupted;
+                        }
+                    }
+                }
             }
         }
     };
@@ -190,9 +245,11 @@ struct Input {
 const RETRY: Duration = Duration::from_millis(100);
 
 fn wait(
+    desk: &mut Desk<'_>,
     vm: &Vm,
     console: &mut Console,
     signals: &Signals,
+    requests: Option<&Queue>,
     mut metrics: Option<(&mut MetricsFile, &Meter)>,
 ) -> Result<Event, RunError> {
     let mut input = Input::default();
@@ -214,6 +271,7 @@ fn wait(
                 Some(serial) if !input.waiting.is_empty() => readable(serial.input_room()),
                 _ => ignored(),
             },
+            requests.map_or_else(ignored, readable),
         ];
         let write_at = metrics.as_ref().map(|(file, _)| file.due());
         let timeout = input
@@ -236,6 +294,11 @@ fn wait(
         if ready[2] != 0 {
             return Ok(vm.take_crash().map_or(Event::VpPanicked, Event::Crashed));
         }
+        if ready[5] != 0
+            && let Some((wish, reply)) = serve(desk, requests)
+        {
+            return Ok(Event::Asked(wish, reply));
+        }
         let Some(serial) = serial else { continue };
         if ready[4] != 0 {
             // Only to make it wait for the next time there is room.
@@ -256,6 +319,62 @@ fn wait(
             } else {
                 console.read();
             }
+        }
+    }
+}
+
+/// How many requests are answered before signals and the guest are looked at again.
+const REQUESTS: usize = 16;
+
+/// Answers what is asked, up to a wish that changes the state of the machine.
+fn serve(desk: &mut Desk<'_>, requests: Option<&Queue>) -> Option<(Wish, Reply)> {
+    let requests = requests?;
+    (0..REQUESTS).find_map(|_| desk.serve(requests.next()?))
+}
+
+/// How a machine that is shut down goes on.
+#[derive(PartialEq, Eq)]
+enum Idle {
+    Boots,
+    Ends,
+}
+
+/// Waits, without a machine, for somebody to start it again or to end it all.
+fn idle(
+    desk: &mut Desk<'_>,
+    console: &mut Console,
+    signals: &Signals,
+    requests: Option<&Queue>,
+) -> Result<Idle, RunError> {
+    let mut listen = true;
+    loop {
+        if let Some((wish, reply)) = serve(desk, requests) {
+            reply.done();
+            return Ok(match wish {
+                Wish::Boot | Wish::Reboot => Idle::Boots,
+                Wish::Leave | Wish::ShutDown => Idle::Ends,
+            });
+        }
+        let mut polls = [
+            readable(signals),
+            requests.map_or_else(ignored, readable),
+            match console.input() {
+                Some(source) if listen => readable(&source),
+                _ => ignored(),
+            },
+        ];
+        poll(&mut polls, None)?;
+        if polls[0].revents != 0 && signals.read().is_some() {
+            signals.make_next_fatal();
+            return Ok(Idle::Ends);
+        }
+        // Nobody is there to get what is typed, but for whoever wants to leave.
+        if polls[2].revents & libc::POLLIN != 0 {
+            if console.read().leave {
+                return Ok(Idle::Ends);
+            }
+        } else if polls[2].revents != 0 {
+            listen = false;
         }
     }
 }
@@ -285,7 +404,7 @@ fn ignored() -> libc::pollfd {
     }
 }
 
-fn poll(polls: &mut [libc::pollfd; 5], timeout: Option<Duration>) -> Result<(), RunError> {
+fn poll(polls: &mut [libc::pollfd], timeout: Option<Duration>) -> Result<(), RunError> {
     // Rounded up, or the last millisecond would be spent busy.
     let timeout = timeout.map_or(-1, |timeout| {
         i32::try_from(timeout.as_millis() + 1).unwrap_or(i32::MAX)

@@ -87,6 +87,12 @@ pub const COM1_PIN: u32 = 4;
 pub const ACPI_POWER_PORT: u64 = 0x600;
 /// Ports of the ACPI power block.
 pub const ACPI_POWER_PORTS: u64 = 3;
+/// Registers of the events that the machine has for the guest.
+pub const HOTPLUG_PORT: u64 = 0x610;
+/// Ports of these.
+pub const HOTPLUG_PORTS: u64 = devices::hotplug::LENGTH;
+/// IOAPIC pin (and GSI) of the Generic Event Device.
+pub const HOTPLUG_PIN: u32 = 5;
 /// Address and data register of PCI configuration mechanism #1.
 pub const PCI_CONFIG_PORT: u64 = 0xcf8;
 /// Ports of that mechanism.

@@ -8,9 +8,10 @@
 //!
 //! [`control::run`] is the whole life of a machine and the place to start reading. [`config`] is what it is made of, [`layout`]
 //! where everything lies, [`boot`] how a kernel gets going, [`board`] which devices every machine has, [`peripherals`] which
-//! the configuration adds, and [`partition`] every request made to the hypervisor.
+//! the configuration adds, [`api`] what can be asked of it while it runs, and [`partition`] every request made to the hypervisor.
 
 pub mod acpi;
+pub mod api;
 pub mod board;
 pub mod boot;
 pub mod config;

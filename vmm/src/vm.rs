@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     acpi::{self, AcpiConfig, AcpiError},
-    board::{Board, BoardError},
+    board::{Board, BoardError, Events},
     boot::{self, BootError},
     config::{SerialMode, VmConfig},
     console::Console,
@@ -183,6 +183,7 @@ impl Vm {
         config: &VmConfig,
         console: &Console,
         hvc: &Hvc,
+        events: Events,
     ) -> Result<Prepared, VmError> {
         // What can be wrong with the configuration comes first, and needs no partition.
         let ram = layout::ram_ranges(config.memory.size)?;
@@ -196,6 +197,7 @@ impl Vm {
         let tables = acpi::build(&AcpiConfig {
             apic_ids: &apic_ids,
             serial,
+            hotplug: events == Events::On,
         })?;
         let machine = boot::Machine {
             memory_map: layout::memory_map(config.memory.size)?,
@@ -214,7 +216,9 @@ impl Vm {
                 what: "the console's output",
                 source,
             })?;
-            let board = Arc::new(Board::new(&partition, config, &memory, &ram, sink, hvc)?);
+            let board = Arc::new(Board::new(
+                &partition, config, &memory, &ram, sink, hvc, events,
+            )?);
             let vps: Vec<Vp> = (0..config.cpus.boot_vcpus)
                 .map(|index| partition.create_vp(index))
                 .collect::<Result<_, _>>()?;

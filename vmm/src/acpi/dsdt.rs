@@ -1,4 +1,4 @@
-//! The DSDT: processors, the PCI root bridge, the resources it does not own, COM1, and the soft-off state.
+//! The DSDT: processors, the PCI root bridge, the resources it does not own, COM1, the soft-off state, and what [`hotplug`] adds.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use devices::power;
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug};
 use crate::layout;
 
 /// The most processors that have a name: `C` and three hexadecimal digits.
@@ -25,6 +25,9 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Sdt {
     board_resources(&mut aml);
     if config.serial {
         com1(&mut aml);
+    }
+    if config.hotplug {
+        hotplug::describe(&mut aml);
     }
     let mut dsdt = Sdt::new(*b"DSDT", 36, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     dsdt.append_slice(&aml);

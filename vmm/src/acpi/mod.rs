@@ -5,6 +5,7 @@
 //! probe is a round of exits.
 
 mod dsdt;
+mod hotplug;
 mod tables;
 
 #[cfg(test)]
@@ -28,6 +29,8 @@ pub struct AcpiConfig<'a> {
     pub apic_ids: &'a [u32],
     /// Whether COM1 exists.
     pub serial: bool,
+    /// Whether there are events: devices that come and go, and a power button.
+    pub hotplug: bool,
 }
 
 /// The tables, ready to be written to guest memory in one piece.

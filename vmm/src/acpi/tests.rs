@@ -61,6 +61,7 @@ fn built(cpus: u32) -> AcpiTables {
     build(&AcpiConfig {
         apic_ids: &apic_ids,
         serial: true,
+        hotplug: true,
     })
     .unwrap()
 }
@@ -140,6 +141,7 @@ fn sparse_apic_ids_keep_their_processors() {
         &build(&AcpiConfig {
             apic_ids: &apic_ids,
             serial: false,
+            hotplug: false,
         })
         .unwrap(),
     )
@@ -173,16 +175,24 @@ fn the_dsdt_has_what_the_machine_has() {
     ] {
         assert!(contains(&dsdt, name));
     }
+    for name in [
+        b"HPLG", b"GED0", b"PWRB", b"PCNT", b"S001", b"S01F", b"_EJ0",
+    ] {
+        assert!(contains(&dsdt, name));
+    }
+    assert!(!contains(&dsdt, b"S000"), "the host bridge stays");
     assert!(!contains(&dsdt, b"C003"));
     let silent = find(
         &build(&AcpiConfig {
             apic_ids: &[0],
             serial: false,
+            hotplug: false,
         })
         .unwrap(),
     )
     .dsdt;
     assert!(!contains(&silent, b"COM1"));
+    assert!(!contains(&silent, b"GED0"));
 }
 
 #[test]
@@ -192,6 +202,7 @@ fn too_many_processors_are_refused() {
         let error = build(&AcpiConfig {
             apic_ids: &apic_ids,
             serial: true,
+            hotplug: true,
         })
         .unwrap_err();
         assert_eq!(

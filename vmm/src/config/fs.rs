@@ -10,7 +10,7 @@ use super::{
     options::{keys, number},
 };
 
-const KNOWN: &str = "tag, socket, num_queues, queue_size";
+const KNOWN: &str = "tag, socket, num_queues, queue_size, id";
 
 /// A folder of the host, served by a vhost-user back end like virtiofsd.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub struct FsConfig {
     /// Entries in each; a power of two.
     #[serde(default = "FsConfig::default_queue_size")]
     pub queue_size: u16,
+    /// Its name; `_fs` and a number if there is none.
+    #[serde(default)]
+    pub id: Option<String>,
 }
 
 impl FsConfig {
@@ -60,8 +63,8 @@ impl FromStr for FsConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let names = ["tag", "socket", "num_queues", "queue_size"];
-        let [tag, socket, num_queues, queue_size] = keys(text, names, KNOWN)?;
+        let names = ["tag", "socket", "num_queues", "queue_size", "id"];
+        let [tag, socket, num_queues, queue_size, id] = keys(text, names, KNOWN)?;
         let short = |key, value: Option<&str>, otherwise: fn() -> u16| {
             value.map_or_else(
                 || Ok(otherwise()),
@@ -78,6 +81,7 @@ impl FromStr for FsConfig {
             socket: socket.ok_or(ConfigError::Missing("socket"))?.into(),
             num_queues: short("num_queues", num_queues, Self::default_num_queues)?,
             queue_size: short("queue_size", queue_size, Self::default_queue_size)?,
+            id: id.map(str::to_owned),
         })
     }
 }
@@ -94,11 +98,13 @@ mod tests {
             socket: "/run/fs.sock".into(),
             num_queues: 1,
             queue_size: 1024,
+            id: None,
         };
         assert_eq!(parsed, wanted);
-        let text = "tag=home,socket=/run/fs.sock,num_queues=4,queue_size=512";
+        let text = "tag=home,socket=/run/fs.sock,num_queues=4,queue_size=512,id=homes";
         let parsed = FsConfig::from_str(text).unwrap();
         assert_eq!((parsed.num_queues, parsed.queue_size), (4, 512));
+        assert_eq!(parsed.id.as_deref(), Some("homes"));
         for (text, error) in [
             ("socket=/x", "'tag' is missing"),
             ("tag=x", "'socket' is missing"),
@@ -108,7 +114,7 @@ mod tests {
             ),
             (
                 "tag=x,socket=/x,dax=on",
-                "unknown key 'dax' (known: tag, socket, num_queues, queue_size)",
+                "unknown key 'dax' (known: tag, socket, num_queues, queue_size, id)",
             ),
         ] {
             assert_eq!(FsConfig::from_str(text).unwrap_err().to_string(), error);

@@ -7,6 +7,7 @@ mod balloon;
 mod console;
 mod disk;
 mod fs;
+mod names;
 mod net;
 mod options;
 mod rate_limiter;
@@ -305,6 +306,9 @@ pub enum ConfigError {
     /// A name that two devices have.
     #[error("two devices have the id '{0}'")]
     SameId(String),
+    /// A name that no device can have.
+    #[error("the id {0:?} is not of 1 to 64 printable characters")]
+    BadId(String),
     /// A tag that no driver can be told.
     #[error("fs: the tag '{0}' is not of 1 to 36 bytes")]
     FsTag(String),
@@ -368,6 +372,7 @@ impl VmConfig {
         if (self.serial.mode == SerialMode::File) != self.serial.file.is_some() {
             return Err(ConfigError::SerialFile);
         }
+        names::validate(self)?;
         disk::validate(&self.disks, boot)?;
         self.net.iter().try_for_each(NetConfig::validate)?;
         self.validate_devices()
@@ -456,7 +461,7 @@ impl FromStr for SerialConfig {
 mod tests {
     use super::*;
 
-    fn config() -> VmConfig {
+    pub(super) fn config() -> VmConfig {
         VmConfig {
             payload: PayloadConfig {
                 kernel: "vmlinuz".into(),

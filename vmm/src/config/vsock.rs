@@ -17,16 +17,20 @@ pub struct VsockConfig {
     pub cid: u32,
     /// The unix socket that the host's programs connect to.
     pub socket: PathBuf,
+    /// Its name; `_vsock0` if there is none.
+    #[serde(default)]
+    pub id: Option<String>,
 }
 
 impl FromStr for VsockConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let [cid, socket] = keys(text, ["cid", "socket"], "cid, socket")?;
+        let [cid, socket, id] = keys(text, ["cid", "socket", "id"], "cid, socket, id")?;
         Ok(Self {
             cid: number("cid", cid.ok_or(ConfigError::Missing("cid"))?)?,
             socket: socket.ok_or(ConfigError::Missing("socket"))?.into(),
+            id: id.map(str::to_owned),
         })
     }
 }
@@ -42,7 +46,8 @@ mod tests {
             parsed,
             Ok(VsockConfig {
                 cid: 3,
-                socket: "/tmp/vsock".into()
+                socket: "/tmp/vsock".into(),
+                id: None,
             })
         );
         let missing = VsockConfig::from_str("cid=3");

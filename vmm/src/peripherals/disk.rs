@@ -1,5 +1,6 @@
 //! Disks: from their configuration to a device on its image.
 
+use devices::pci::Slot;
 use devices::virtio::{
     block::{
         Block, BlockConfig,
@@ -9,11 +10,15 @@ use devices::virtio::{
     rate_limiter::{Limits, RateLimiter},
 };
 
-use super::{PeripheralError, Plug};
+use super::{Handle, PeripheralError, Plug};
 use crate::config::{DiskConfig, ImageType};
 
 /// Plugs in the disk that is number `index`.
-pub(super) fn plug(plug: &Plug, index: usize, config: &DiskConfig) -> Result<(), PeripheralError> {
+pub(super) fn plug(
+    plug: &Plug,
+    index: usize,
+    config: &DiskConfig,
+) -> Result<Slot, PeripheralError> {
     let name = config.name(index);
     let image = image::open(&options(config)).map_err(|source| PeripheralError::Image {
         device: name.clone(),
@@ -36,7 +41,8 @@ pub(super) fn plug(plug: &Plug, index: usize, config: &DiskConfig) -> Result<(),
         device: name.clone(),
         source,
     })?;
-    plug.virtio(&name, Box::new(device)).map(drop)
+    let handle = Handle::Disk(device.resizer());
+    plug.virtio_with(&name, Box::new(device), handle)
 }
 
 fn options(config: &DiskConfig) -> ImageOptions {

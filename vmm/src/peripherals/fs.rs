@@ -2,14 +2,18 @@
 
 use std::str::FromStr;
 
-use devices::virtio::vhost_user::{Fs, Tag};
+use devices::{
+    pci::Slot,
+    virtio::vhost_user::{Fs, Tag},
+};
 
 use super::{PeripheralError, Plug};
 use crate::config::FsConfig;
 
 /// Plugs in the folder.
-pub(super) fn plug(plug: &Plug, config: &FsConfig) -> Result<(), PeripheralError> {
-    let name = format!("fs {}", config.tag);
+pub(super) fn plug(plug: &Plug, config: &FsConfig) -> Result<Slot, PeripheralError> {
+    let name = config.id.clone();
+    let name = name.unwrap_or_else(|| format!("fs {}", config.tag));
     let tag = Tag::from_str(&config.tag).map_err(|source| PeripheralError::Tag {
         device: name.clone(),
         source,
@@ -22,5 +26,5 @@ pub(super) fn plug(plug: &Plug, config: &FsConfig) -> Result<(), PeripheralError
                 source,
             }
         })?;
-    plug.virtio(&name, Box::new(device)).map(drop)
+    plug.virtio(&name, Box::new(device))
 }

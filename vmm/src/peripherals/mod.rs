@@ -1,20 +1,23 @@
 //! The devices on the PCI bus: which of them the configuration asks for, and how each is plugged in.
 //!
-//! A new kind of device is one line in [`plug_all`], and a file where making it takes more than that.
+//! A new kind of device is one line in [`plug_all`], and a file where making it takes more than that. Devices that can also
+//! come while the guest runs have a method of [`Plug`], and any but the host bridge goes when the guest ejects it.
 
 mod disk;
 mod fs;
 mod net;
+mod occupants;
 
 use std::{
     io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use devices::{
+    hotplug::Ejector,
     pci::{GuestEvent, PVPANIC_BAR_LENGTH, PciBus, PciError, PciFunction, PvPanic, Range, Slot},
     power::PowerSwitch,
     virtio::{
@@ -30,14 +33,16 @@ use devices::{
     },
 };
 use tracing::warn;
-use vm_allocator::{AddressAllocator, AllocPolicy};
+use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use net::NetworkError;
+pub(crate) use occupants::Handle;
+use occupants::{Occupant, Occupants};
 
 use crate::{
-    config::{BalloonConfig, VmConfig},
+    config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig},
     hvc::Hvc,
     interrupts::Routes,
     layout,
@@ -109,6 +114,12 @@ pub enum PeripheralError {
         /// The device.
         device: String,
     },
+    /// Another device has its name.
+    #[error("there is a device '{device}' already")]
+    SameName {
+        /// The name.
+        device: String,
+    },
     /// The bus is full.
     #[error("{device}: {source}")]
     Slot {
@@ -130,7 +141,7 @@ pub(crate) fn plug_all(
     switch: &Arc<dyn PowerSwitch>,
 ) -> Result<(), PeripheralError> {
     for (index, disk) in config.disks.iter().enumerate() {
-        disk::plug(plug, index, disk)?;
+        plug.disk(index, disk)?;
     }
     plug_console(plug, hvc)?;
     if let Some(rng) = &config.rng {
@@ -142,25 +153,24 @@ pub(crate) fn plug_all(
         plug.virtio("rng", Box::new(device))?;
     }
     for (index, net) in config.net.iter().enumerate() {
-        net::plug(plug, index, net)?;
+        plug.net(index, net)?;
     }
-    for config in &config.fs {
-        fs::plug(plug, config)?;
+    for fs in &config.fs {
+        plug.fs(fs)?;
     }
     if let Some(balloon) = &config.balloon {
         plug_balloon(plug, balloon)?;
     }
     if let Some(vsock) = &config.vsock {
-        let device = Vsock::new(vsock.cid, &vsock.socket)?;
-        plug.virtio("vsock", Box::new(device))?;
+        plug.vsock(vsock)?;
     }
     if config.watchdog {
         let device = Watchdog::new(watchdog::TIMEOUT, Arc::clone(switch));
         plug.virtio("watchdog", Box::new(device))?;
     }
     if config.pvpanic {
-        plug.function("pvpanic", PVPANIC_BAR_LENGTH, |address| {
-            Arc::new(PvPanic::new(address, report_panic()))
+        plug.function("pvpanic", PVPANIC_BAR_LENGTH, Handle::Fixed, |address| {
+            Ok(Arc::new(PvPanic::new(address, report_panic())))
         })?;
     }
     Ok(())
@@ -190,7 +200,8 @@ fn plug_balloon(plug: &Plug, config: &BalloonConfig) -> Result<(), PeripheralErr
         free_page_reporting: config.free_page_reporting,
     };
     let device = Balloon::new(options, Arc::new(memory))?;
-    plug.virtio("balloon", Box::new(device))?;
+    let handle = Handle::Balloon(device.handle());
+    plug.virtio_with("balloon", Box::new(device), handle)?;
     Ok(())
 }
 
@@ -218,6 +229,7 @@ pub(crate) struct Plug {
     memory: GuestMemoryMmap,
     bus: Arc<PciBus>,
     addresses: Mutex<AddressAllocator>,
+    occupants: Occupants,
 }
 
 /// Where BARs may be.
@@ -241,69 +253,143 @@ impl Plug {
             memory,
             bus,
             addresses: Mutex::new(addresses),
+            occupants: Occupants::default(),
         }
     }
 
+    /// Plugs in the disk that is number `index`.
+    pub(crate) fn disk(&self, index: usize, config: &DiskConfig) -> Result<Slot, PeripheralError> {
+        disk::plug(self, index, config)
+    }
+
+    /// Plugs in the network device that is number `index`.
+    pub(crate) fn net(&self, index: usize, config: &NetConfig) -> Result<Slot, PeripheralError> {
+        net::plug(self, index, config)
+    }
+
+    /// Plugs in a folder.
+    pub(crate) fn fs(&self, config: &FsConfig) -> Result<Slot, PeripheralError> {
+        fs::plug(self, config)
+    }
+
+    /// Plugs in the socket device.
+    pub(crate) fn vsock(&self, config: &VsockConfig) -> Result<Slot, PeripheralError> {
+        let device = Vsock::new(config.cid, &config.socket)?;
+        self.virtio(config.id.as_deref().unwrap_or("vsock"), Box::new(device))
+    }
+
+    /// Where the device `name` is.
+    pub(crate) fn slot(&self, name: &str) -> Option<Slot> {
+        self.occupants.slot(name)
+    }
+
+    /// What the device in `slot` is called.
+    pub(crate) fn name(&self, slot: Slot) -> Option<String> {
+        self.occupants.name(slot)
+    }
+
+    /// What can be changed about the device `name`.
+    pub(crate) fn handle(&self, name: &str) -> Option<Handle> {
+        self.occupants.handle(name)
+    }
+
+    /// All devices and where they are.
+    pub(crate) fn list(&self) -> Vec<(String, Slot)> {
+        self.occupants.list()
+    }
+
+    fn virtio(&self, name: &str, device: Box<dyn VirtioDevice>) -> Result<Slot, PeripheralError> {
+        self.virtio_with(name, device, Handle::Fixed)
+    }
+
     /// Plugs a virtio device in, in the next free slot.
-    pub(crate) fn virtio(
+    fn virtio_with(
         &self,
         name: &str,
         device: Box<dyn VirtioDevice>,
+        handle: Handle,
     ) -> Result<Slot, PeripheralError> {
-        let failed = |source| PeripheralError::Host {
-            device: name.into(),
-            source,
-        };
-        let no_slot = |source| PeripheralError::Slot {
-            device: name.into(),
-            source,
-        };
-        let slot = self.bus.free_slot().map_err(no_slot)?;
-        let address = self.address(name, BAR_LENGTH)?;
-        let vectors = self
-            .routes
-            .vectors(VirtioPci::vectors(device.as_ref()))
-            .map_err(failed)?;
-        let environment = Environment {
-            memory: self.memory.clone(),
-            vectors: Box::new(vectors),
-            doorbells: Arc::clone(&self.doorbells),
-            window: WINDOW,
-            address,
-        };
-        let function = VirtioPci::new(name, device, environment).map_err(failed)?;
-        self.bus.insert(slot, Arc::new(function)).map_err(no_slot)?;
-        Ok(slot)
+        self.function(name, BAR_LENGTH, handle, |address| {
+            let vectors = self.routes.vectors(VirtioPci::vectors(device.as_ref()))?;
+            let environment = Environment {
+                memory: self.memory.clone(),
+                vectors: Box::new(vectors),
+                doorbells: Arc::clone(&self.doorbells),
+                window: WINDOW,
+                address,
+            };
+            Ok(Arc::new(VirtioPci::new(name, device, environment)?))
+        })
     }
 
-    /// Plugs another function in, in the next free slot: `make` makes it with its BAR, of `length` bytes, at an address.
+    /// Plugs a function in, in the next free slot: `make` makes it with its BAR, of `length` bytes, at an address.
     fn function(
         &self,
         name: &str,
         length: u32,
-        make: impl FnOnce(u32) -> Arc<dyn PciFunction>,
+        handle: Handle,
+        make: impl FnOnce(u32) -> io::Result<Arc<dyn PciFunction>>,
     ) -> Result<Slot, PeripheralError> {
+        let device = || name.to_owned();
+        if self.occupants.slot(name).is_some() {
+            return Err(PeripheralError::SameName { device: device() });
+        }
         let no_slot = |source| PeripheralError::Slot {
-            device: name.into(),
+            device: device(),
             source,
         };
         let slot = self.bus.free_slot().map_err(no_slot)?;
-        let function = make(self.address(name, length)?);
-        self.bus.insert(slot, function).map_err(no_slot)?;
+        let addresses = self.address(name, length)?;
+        let plugged = make(addresses.start() as u32)
+            .map_err(|source| PeripheralError::Host {
+                device: device(),
+                source,
+            })
+            .and_then(|function| self.bus.insert(slot, function).map_err(no_slot));
+        if let Err(error) = plugged {
+            self.free(&addresses);
+            return Err(error);
+        }
+        let occupant = Occupant {
+            slot,
+            addresses,
+            handle,
+        };
+        self.occupants.insert(name, occupant);
         Ok(slot)
     }
 
-    /// An address for a BAR of `length` bytes.
-    fn address(&self, name: &str, length: u32) -> Result<u32, PeripheralError> {
+    /// Addresses for a BAR of `length` bytes.
+    fn address(&self, name: &str, length: u32) -> Result<RangeInclusive, PeripheralError> {
         let length = u64::from(length);
-        self.addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.allocator()
             .allocate(length, length, AllocPolicy::FirstMatch)
-            .map(|place| place.start() as u32)
             .map_err(|_| PeripheralError::NoRoom {
                 device: name.into(),
             })
+    }
+
+    fn free(&self, addresses: &RangeInclusive) {
+        if let Err(error) = self.allocator().free(addresses) {
+            warn!("addresses of a device do not get free: {error}");
+        }
+    }
+
+    fn allocator(&self) -> MutexGuard<'_, AddressAllocator> {
+        self.addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ejector for Plug {
+    /// The function goes with the last access to it, and with it its threads, its interrupts and its doorbells.
+    fn eject(&self, device: u8) {
+        let slot = Slot::device(device);
+        if let Some(occupant) = self.occupants.remove(slot) {
+            drop(self.bus.remove(slot));
+            self.free(&occupant.addresses);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf};
 
+use devices::pci::Slot;
 use devices::virtio::{
     net::{
         Net, Settings,
@@ -53,13 +54,13 @@ pub enum NetworkError {
 }
 
 /// Plugs in the network device that is number `index`.
-pub(super) fn plug(plug: &Plug, index: usize, config: &NetConfig) -> Result<(), PeripheralError> {
+pub(super) fn plug(plug: &Plug, index: usize, config: &NetConfig) -> Result<Slot, PeripheralError> {
     let name = config.id.clone().unwrap_or_else(|| format!("_net{index}"));
     let device = device(&format!("net{index}"), config).map_err(|source| PeripheralError::Net {
         device: name.clone(),
         source,
     })?;
-    plug.virtio(&name, Box::new(device)).map(drop)
+    plug.virtio(&name, Box::new(device))
 }
 
 /// The device that `config` describes; its threads are named after `name`.

@@ -1,0 +1,81 @@
+//! Which device is in which slot of the PCI bus, and what can be changed about it while the guest uses it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use devices::{
+    pci::Slot,
+    virtio::{balloon::BalloonHandle, block::Resizer},
+};
+use vm_allocator::RangeInclusive;
+
+/// What can be changed about a device.
+#[derive(Clone)]
+pub(crate) enum Handle {
+    /// Nothing.
+    Fixed,
+    /// How large it is.
+    Disk(Resizer),
+    /// How much it takes.
+    Balloon(BalloonHandle),
+}
+
+/// A device in its slot.
+pub(super) struct Occupant {
+    pub(super) slot: Slot,
+    /// What the allocator gave for its BAR.
+    pub(super) addresses: RangeInclusive,
+    pub(super) handle: Handle,
+}
+
+/// The devices by name.
+#[derive(Default)]
+pub(super) struct Occupants(Mutex<BTreeMap<String, Occupant>>);
+
+impl Occupants {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Occupant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn insert(&self, name: &str, occupant: Occupant) {
+        self.lock().insert(name.to_owned(), occupant);
+    }
+
+    /// Takes out who is in `slot`.
+    pub(super) fn remove(&self, slot: Slot) -> Option<Occupant> {
+        let mut occupants = self.lock();
+        let name = name_in(&occupants, slot)?;
+        occupants.remove(&name)
+    }
+
+    pub(super) fn name(&self, slot: Slot) -> Option<String> {
+        name_in(&self.lock(), slot)
+    }
+
+    pub(super) fn slot(&self, name: &str) -> Option<Slot> {
+        self.lock().get(name).map(|occupant| occupant.slot)
+    }
+
+    pub(super) fn handle(&self, name: &str) -> Option<Handle> {
+        self.lock()
+            .get(name)
+            .map(|occupant| occupant.handle.clone())
+    }
+
+    /// All names and slots.
+    pub(super) fn list(&self) -> Vec<(String, Slot)> {
+        self.lock()
+            .iter()
+            .map(|(name, occupant)| (name.clone(), occupant.slot))
+            .collect()
+    }
+}
+
+fn name_in(occupants: &BTreeMap<String, Occupant>, slot: Slot) -> Option<String> {
+    occupants
+        .iter()
+        .find(|(_, occupant)| occupant.slot == slot)
+        .map(|(name, _)| name.clone())
+}
