@@ -15,6 +15,7 @@
 //! target/debug/deps/conformance_memory-…                 # the device of this machine, if it has one
 //! ```
 
+pub mod api;
 pub mod child;
 pub mod guest;
 pub mod message;

@@ -5,7 +5,7 @@
 //! | `vmlinuz-cloud`, `vmlinuz-amd64` | Debian's bzImages |
 //! | `vmlinux-cloud`, `vmlinux-amd64` | the ELF images inside them, with a PVH entry point |
 //! | `initramfs.cpio` | busybox and an init that reports and then obeys `rota.then=` |
-//! | `initramfs-devices.cpio` | the same, with the cloud kernel's virtio drivers, loaded before the shell |
+//! | `initramfs-devices.cpio` | the same, with the cloud kernel's drivers for virtio and the power button, loaded before the shell |
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,6 +33,8 @@ pub(crate) const DRIVERS: &[&str] = &[
     "vmw-vsock-virtio-transport",
     "virtiofs",
     "pvpanic-pci",
+    "button",
+    "evdev",
 ];
 
 /// Makes the guest images if they are not there or older than what they are made of.
