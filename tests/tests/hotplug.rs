@@ -163,6 +163,14 @@ fn the_machine_is_resized_and_its_buttons_are_pressed() {
     api.put("vm.shutdown", &Value::Null);
     assert_eq!(api.info()["state"], "Shutdown");
     api.put("vm.remove-device", &json!({ "id": "root" }));
+    api.put(
+        "vm.add-disk",
+        &json!({ "path": "/nowhere", "id": "missing" }),
+    );
+    let (status, why) = api.ask("PUT", "vm.boot", &Value::Null);
+    assert_eq!(status, 500, "{why}");
+    assert!(why.to_string().contains("/nowhere"), "{why}");
+    api.put("vm.remove-device", &json!({ "id": "missing" }));
     api.put("vm.boot", &Value::Null);
     vmm.wait_for_init();
     vmm.guest_runs("[ ! -e /dev/vda ]");

@@ -14,7 +14,7 @@ use scheduler::Meter;
 use vcpu::Crash;
 
 use crate::{
-    api::{ApiError, ApiSocket, Desk, Queue, Reply, Server, Wish},
+    api::{ApiError, ApiSocket, Desk, Queue, Refusal, Reply, Server, Wish},
     board::Events,
     config::{ConfigError, VmConfig},
     console::{Console, ConsoleError},
@@ -147,9 +147,26 @@ pub fn run(
     report.mark("ready");
 
     let mut state = State::Created;
+    // The client that is to be told when the machine has started.
+    let mut starter: Option<Reply> = None;
     let ended = loop {
         state.advance(State::Booting)?;
-        let vm = Vm::prepare(&device, capabilities, &config, &console, &hvc, events)?;
+        let prepared = Vm::prepare(&device, capabilities, &config, &console, &hvc, events);
+        let vm = match (prepared, &mut starter) {
+            (Ok(vm), _) => vm,
+            (Err(error), None) => return Err(error.into()),
+            (Err(error), starter) => {
+                state.advance(State::Shutdown)?;
+                if let Some(reply) = starter.take() {
+                    reply.send(Err(Refusal::not_started(&error)));
+                }
+                *starter = idle(&mut config, &mut console, &signals, requests.as_ref())?;
+                if starter.is_none() {
+                    break Ended::Interrupted;
+                }
+                continue;
+            }
+        };
         let partition = vm.partition();
         let mut placed = match &scheduling {
             Some(scheduling) => Some(scheduling.place(&partition, report.metering.take())?),
@@ -163,6 +180,9 @@ pub fn run(
         let mut vm = vm.start(placed.as_mut())?;
         state.advance(State::Running)?;
         report.mark("running");
+        if let Some(reply) = starter.take() {
+            reply.done();
+        }
         let meter = placed.as_ref().map(Placed::meter);
         let mut desk = Desk {
             config: &mut config,
@@ -198,22 +218,19 @@ pub fn run(
             }
             Event::Asked(wish, reply) => {
                 state.advance(State::Shutdown)?;
-                reply.done();
-                match wish {
-                    Wish::Reboot | Wish::Boot => {}
-                    Wish::Leave => break Ended::Interrupted,
+                starter = match wish {
+                    Wish::Reboot | Wish::Boot => Some(reply),
                     Wish::ShutDown => {
-                        let mut desk = Desk {
-                            config: &mut config,
-                            vm: None,
-                            state,
-                            address_bits: address_bits(),
-                        };
-                        if idle(&mut desk, &mut console, &signals, requests.as_ref())? == Idle::Ends
-                        {
-                            break Ended::Interrupted;
-                        }
+                        reply.done();
+                        idle(&mut config, &mut console, &signals, requests.as_ref())?
                     }
+                    Wish::Leave => {
+                        reply.done();
+                        None
+                    }
+                };
+                if starter.is_none() {
+                    break Ended::Interrupted;
                 }
             }
         }
@@ -332,28 +349,27 @@ fn serve(desk: &mut Desk<'_>, requests: Option<&Queue>) -> Option<(Wish, Reply)>
     (0..REQUESTS).find_map(|_| desk.serve(requests.next()?))
 }
 
-/// How a machine that is shut down goes on.
-#[derive(PartialEq, Eq)]
-enum Idle {
-    Boots,
-    Ends,
-}
-
-/// Waits, without a machine, for somebody to start it again or to end it all.
+/// Waits, without a machine, for somebody to start it again, who is returned, or to end it all.
 fn idle(
-    desk: &mut Desk<'_>,
+    config: &mut VmConfig,
     console: &mut Console,
     signals: &Signals,
     requests: Option<&Queue>,
-) -> Result<Idle, RunError> {
+) -> Result<Option<Reply>, RunError> {
+    let mut desk = Desk {
+        config,
+        vm: None,
+        state: State::Shutdown,
+        address_bits: address_bits(),
+    };
     let mut listen = true;
     loop {
-        if let Some((wish, reply)) = serve(desk, requests) {
+        if let Some((wish, reply)) = serve(&mut desk, requests) {
+            if wish == Wish::Boot {
+                return Ok(Some(reply));
+            }
             reply.done();
-            return Ok(match wish {
-                Wish::Boot | Wish::Reboot => Idle::Boots,
-                Wish::Leave | Wish::ShutDown => Idle::Ends,
-            });
+            return Ok(None);
         }
         let mut polls = [
             readable(signals),
@@ -366,12 +382,12 @@ fn idle(
         poll(&mut polls, None)?;
         if polls[0].revents != 0 && signals.read().is_some() {
             signals.make_next_fatal();
-            return Ok(Idle::Ends);
+            return Ok(None);
         }
         // Nobody is there to get what is typed, but for whoever wants to leave.
         if polls[2].revents & libc::POLLIN != 0 {
             if console.read().leave {
-                return Ok(Idle::Ends);
+                return Ok(None);
             }
         } else if polls[2].revents != 0 {
             listen = false;

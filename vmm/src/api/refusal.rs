@@ -39,6 +39,11 @@ impl Refusal {
         Self::new(500, message)
     }
 
+    /// The machine that was to start does not.
+    pub(crate) fn not_started(error: &dyn Error) -> Self {
+        Self::failed("the machine could not be started").because(error)
+    }
+
     /// Rota cannot do it.
     pub(super) fn unsupported(message: impl Into<String>) -> Self {
         Self::new(501, message)
