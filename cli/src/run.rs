@@ -153,7 +153,7 @@ struct DeviceArguments {
     #[arg(
         long,
         value_name = "OPTIONS",
-        help = "A disk (may be given again): path=PATH[,readonly=on|off][,direct=on|off][,num_queues=N][,queue_size=N][,id=NAME][,serial=TEXT][,image_type=raw|qcow2][,backing_files=on|off][,sparse=on|off][,bw_size=BYTES,bw_refill_time=MS[,bw_one_time_burst=BYTES]][,ops_size=N,ops_refill_time=MS[,ops_one_time_burst=N]]"
+        help = "A disk (may be given again): path=PATH[,readonly=on|off][,direct=on|off][,num_queues=N][,queue_size=N][,id=NAME][,serial=TEXT][,image_type=raw|qcow2][,backing_files=on|off][,sparse=on|off][,bw_size=BYTES,bw_refill_time=MS[,bw_one_time_burst=BYTES]][,ops_size=N,ops_refill_time=MS[,ops_one_time_burst=N]], or vhost_user=on,socket=PATH[,num_queues=N][,queue_size=N][,id=NAME] of another process"
     )]
     disk: Vec<DiskConfig>,
     /// Virtio console (hvc0): off, null, tty, pty, file=PATH or socket=PATH
@@ -162,7 +162,7 @@ struct DeviceArguments {
     /// Randomness for the guest: src=PATH, for instance src=/dev/urandom
     #[arg(long, value_name = "OPTIONS")]
     rng: Option<RngConfig>,
-    /// A network device, once for each: tap=NAME, fd=N, socket=PATH or passt, with mac=…, ip=…, mask=…, mtu=…,
+    /// A network device, once for each: tap=NAME, fd=N, socket=PATH, passt or vhost_user=on,socket=PATH, with mac=…, ip=…, mask=…, mtu=…,
     /// num_queues=N, vhost=on and others
     #[arg(long, value_name = "OPTIONS")]
     net: Vec<NetConfig>,

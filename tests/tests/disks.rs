@@ -1,7 +1,11 @@
 //! Disks as a real guest uses them: what it reads is what is in the image, and what it has written and flushed is, too. In
 //! the lab, or on a machine with the real device.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
 
 use imago::{
     FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Storage, StorageCreateOptions,
@@ -154,4 +158,57 @@ fn an_image_that_another_machine_writes_is_refused() {
     assert!(printed.contains("rota: _disk0: disk image "), "{printed}");
     assert!(printed.contains("is in use elsewhere"), "{printed}");
     power_off(first);
+}
+
+/// QEMU's program that serves an image to other processes, as long as it is needed.
+struct StorageDaemon(Child);
+
+impl StorageDaemon {
+    /// Serves a raw image at `socket`; `None` where there is no such program.
+    fn start(image: &Path, socket: &Path) -> Option<Self> {
+        let mut command = Command::new("qemu-storage-daemon");
+        let (image, socket) = (image.display(), socket.display());
+        command
+            .args(["--blockdev", &format!("driver=file,node-name=disk,filename={image}")])
+            .arg("--export")
+            .arg(format!(
+                "type=vhost-user-blk,id=export,addr.type=unix,addr.path={socket},node-name=disk,writable=on"
+            ))
+            .stdin(Stdio::null());
+        command.spawn().ok().map(Self)
+    }
+}
+
+impl Drop for StorageDaemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_disk_that_another_process_serves() {
+    require!(child::bootable());
+    let images = Images::new("served");
+    images.raw("raw");
+    let socket = images.path("socket");
+    let daemon = StorageDaemon::start(&images.path("raw"), &socket);
+    let daemon = daemon.ok_or("there is no qemu-storage-daemon".to_owned());
+    require!(&daemon);
+    let mut vmm = Vmm::boot_with_drivers(&[
+        "--memory",
+        "size=256M,shared=on",
+        "--disk",
+        &format!("vhost_user=on,socket={}", socket.display()),
+    ]);
+    assert_eq!(vmm.guest_runs("cat /sys/block/vda/size"), "16384");
+    let sum = vmm.guest_runs("sha256sum /dev/vda | cut -c1-64");
+    assert_eq!(sum, images.checksum("raw"), "{}", vmm.printed());
+    vmm.guest_runs(
+        "dd if=/dev/urandom of=/dev/vda bs=4k count=300 seek=77 conv=fsync,notrunc 2>/dev/null",
+    );
+    vmm.guest_runs("echo 3 > /proc/sys/vm/drop_caches");
+    let sum = vmm.guest_runs("sha256sum /dev/vda | cut -c1-64");
+    assert_eq!(images.checksum("raw"), sum);
+    power_off(vmm);
 }

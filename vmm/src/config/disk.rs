@@ -17,8 +17,9 @@ const SERIAL_LENGTH: usize = 20;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// The image: a file or a block device.
-    pub path: PathBuf,
+    /// The image: a file or a block device. None if a back end has it.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
     /// The guest cannot write to it; others may read it, too.
     #[serde(default)]
     pub readonly: bool,
@@ -49,6 +50,12 @@ pub struct DiskConfig {
     /// What the image is.
     #[serde(default)]
     pub image_type: ImageType,
+    /// Another process, a vhost-user back end, has the image and does the work.
+    #[serde(default)]
+    pub vhost_user: bool,
+    /// Where that back end listens.
+    #[serde(default)]
+    pub vhost_socket: Option<PathBuf>,
 }
 
 fn one() -> u16 {
@@ -93,6 +100,34 @@ impl DiskConfig {
     pub fn name(&self, index: usize) -> String {
         self.id.clone().unwrap_or_else(|| format!("_disk{index}"))
     }
+
+    /// The one place where the disk's bytes come from, and nothing that only the other kind of place has.
+    fn source(&self) -> Result<(), &'static str> {
+        if !self.vhost_user {
+            return match (&self.path, &self.vhost_socket) {
+                (Some(_), None) => Ok(()),
+                (None, None) => Err("path is missing (or vhost_user=on,socket=PATH)"),
+                (_, Some(_)) => Err("a socket goes with vhost_user=on"),
+            };
+        }
+        if self.vhost_socket.is_none() {
+            return Err("vhost_user=on goes with socket=PATH");
+        }
+        let ours = self.path.is_some()
+            || self.readonly
+            || self.direct
+            || self.backing_files
+            || self.serial.is_some()
+            || self.rate_limiter_config.is_some()
+            || self.image_type != ImageType::Unknown
+            || !self.sparse;
+        if ours {
+            return Err(
+                "with vhost_user=on the image and all about it is the back end's; only socket, num_queues, queue_size and id are said here",
+            );
+        }
+        Ok(())
+    }
 }
 
 /// Checks what the types alone cannot, on a machine with so many VPs at boot.
@@ -102,6 +137,9 @@ pub(super) fn validate(disks: &[DiskConfig], boot_vcpus: u32) -> Result<(), Conf
         let name = disk.name(index);
         if !names.insert(name.clone()) {
             return Err(ConfigError::SameId(name));
+        }
+        if let Err(why) = disk.source() {
+            return Err(ConfigError::Disk { disk: name, why });
         }
         if !(1..=boot_vcpus).contains(&disk.num_queues.into()) {
             return Err(ConfigError::DiskQueues {
@@ -145,6 +183,8 @@ impl FromStr for DiskConfig {
             ops_size,
             ops_one_time_burst,
             ops_refill_time,
+            vhost_user,
+            socket,
         ] = keys(
             text,
             [
@@ -164,16 +204,21 @@ impl FromStr for DiskConfig {
                 "ops_size",
                 "ops_one_time_burst",
                 "ops_refill_time",
+                "vhost_user",
+                "socket",
             ],
             "path, readonly, direct, num_queues, queue_size, id, serial, backing_files, sparse, image_type, \
-             bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time",
+             bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time, \
+             vhost_user, socket",
         )?;
         let rate_limiter_config = RateLimiterConfig::from_options(
             [bw_size, bw_one_time_burst, bw_refill_time],
             [ops_size, ops_one_time_burst, ops_refill_time],
         )?;
         Ok(Self {
-            path: path.ok_or(ConfigError::Missing("path"))?.into(),
+            path: path.map(PathBuf::from),
+            vhost_user: switch("vhost_user", vhost_user)?,
+            vhost_socket: socket.map(PathBuf::from),
             readonly: switch("readonly", readonly)?,
             direct: switch("direct", direct)?,
             num_queues: small("num_queues", num_queues, one)?,
@@ -209,7 +254,9 @@ mod tests {
     fn options() {
         let plain: DiskConfig = "path=disk.img".parse().unwrap();
         let expected = DiskConfig {
-            path: "disk.img".into(),
+            path: Some("disk.img".into()),
+            vhost_user: false,
+            vhost_socket: None,
             readonly: false,
             direct: false,
             num_queues: 1,
@@ -240,7 +287,9 @@ mod tests {
         assert_eq!(
             full,
             DiskConfig {
-                path: "/dev/sdb".into(),
+                path: Some("/dev/sdb".into()),
+                vhost_user: false,
+                vhost_socket: None,
                 readonly: true,
                 direct: true,
                 num_queues: 4,
@@ -261,7 +310,6 @@ mod tests {
     #[test]
     fn wrong_options_are_named() {
         let error = |text: &str| text.parse::<DiskConfig>().unwrap_err().to_string();
-        assert_eq!(error("readonly=on"), "'path' is missing");
         assert_eq!(
             error("path=a,direct=1"),
             "direct: '1' is neither on nor off"
@@ -319,5 +367,30 @@ mod tests {
         );
         let long = "path=a,serial=123456789012345678901";
         assert!(check(&[long]).unwrap_err().contains("20 bytes"));
+    }
+    #[test]
+    fn a_disk_has_one_source() {
+        let check = |text: &str| {
+            let disk: DiskConfig = text.parse().unwrap();
+            validate(&[disk], 2).map_err(|error| error.to_string())
+        };
+        assert_eq!(check("vhost_user=on,socket=/run/d,num_queues=2"), Ok(()));
+        for (text, why) in [
+            ("readonly=on", "path is missing"),
+            ("path=a,socket=/run/d", "a socket goes with vhost_user=on"),
+            ("vhost_user=on", "vhost_user=on goes with socket=PATH"),
+            ("vhost_user=on,socket=/run/d,path=a", "the back end's"),
+            ("vhost_user=on,socket=/run/d,readonly=on", "the back end's"),
+            ("vhost_user=on,socket=/run/d,sparse=off", "the back end's"),
+        ] {
+            let error = check(text).unwrap_err();
+            assert!(
+                error.starts_with("disk _disk0: ") && error.contains(why),
+                "{error}"
+            );
+        }
+        let from_json = r#"{"vhost_user":true,"vhost_socket":"/run/d"}"#;
+        let disk: DiskConfig = serde_json::from_str(from_json).unwrap();
+        assert_eq!(validate(&[disk], 1), Ok(()));
     }
 }

@@ -277,6 +277,14 @@ pub enum ConfigError {
     /// An image type that Rota does not have.
     #[error("image_type: '{0}' is not one of raw, qcow2")]
     NotAnImageType(String),
+    /// A disk without a place where its bytes come from, or with two.
+    #[error("disk {disk}: {why}")]
+    Disk {
+        /// The disk.
+        disk: String,
+        /// What is wrong.
+        why: &'static str,
+    },
     /// More queues than VPs, or none.
     #[error(
         "disk {disk}: {queues} queues asked for, 1 to {most} are possible (one for each virtual processor)"
@@ -380,8 +388,15 @@ impl VmConfig {
 
     fn validate_devices(&self) -> Result<(), ConfigError> {
         self.fs.iter().try_for_each(FsConfig::validate)?;
-        if !self.fs.is_empty() && !self.memory.shared {
-            return Err(ConfigError::PrivateMemory("fs"));
+        let elsewhere = [
+            ("fs", !self.fs.is_empty()),
+            ("disk", self.disks.iter().any(|disk| disk.vhost_user)),
+            ("net", self.net.iter().any(|net| net.vhost_user)),
+        ];
+        if let Some((option, _)) = elsewhere.iter().find(|(_, is_there)| *is_there)
+            && !self.memory.shared
+        {
+            return Err(ConfigError::PrivateMemory(option));
         }
         self.console.validate()?;
         if self.console.mode == ConsoleMode::Tty && self.serial.mode == SerialMode::Tty {

@@ -26,6 +26,12 @@ pub struct NetConfig {
     pub fds: Option<Vec<i32>>,
     /// The socket of a program that takes frames as QEMU's `-netdev stream` sends them.
     pub socket: Option<PathBuf>,
+    /// Another process, a vhost-user back end, works on the queues.
+    pub vhost_user: bool,
+    /// Where that back end listens.
+    pub vhost_socket: Option<PathBuf>,
+    /// Which of the two waits for the other.
+    pub vhost_mode: VhostMode,
     /// Runs passt, which needs no privileges.
     pub passt: Option<PasstConfig>,
     /// The host's address on a tap interface that is made.
@@ -56,6 +62,16 @@ pub struct NetConfig {
     pub offload_csum: bool,
 }
 
+/// Who of a VMM and a vhost-user back end listens at the socket, seen from the VMM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VhostMode {
+    /// The back end listens.
+    #[default]
+    Client,
+    /// The VMM would, which Rota does not.
+    Server,
+}
+
 /// What passt lets in.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -72,6 +88,9 @@ impl Default for NetConfig {
             tap: None,
             fds: None,
             socket: None,
+            vhost_user: false,
+            vhost_socket: None,
+            vhost_mode: VhostMode::Client,
             passt: None,
             ip: IpAddr::from([192, 168, 249, 1]),
             mask: IpAddr::from([255, 255, 255, 0]),
@@ -105,9 +124,21 @@ impl NetConfig {
             self.fds.is_some(),
             self.socket.is_some(),
             self.passt.is_some(),
+            self.vhost_user,
         ];
         if ways.iter().filter(|way| **way).count() > 1 {
-            return wrong("only one of tap, fd, socket and passt can be the host's side");
+            return wrong(
+                "only one of tap, fd, socket, passt and vhost_user can be the host's side",
+            );
+        }
+        if self.vhost_user != self.vhost_socket.is_some() {
+            return wrong("vhost_user=on and the socket of its back end go together");
+        }
+        if self.vhost_mode == VhostMode::Server {
+            return wrong("vhost_mode=server: Rota connects to the back end; let that one listen");
+        }
+        if self.vhost_user && (self.vhost || self.rate_limiter_config.is_some()) {
+            return wrong("vhost_user=on goes neither with vhost=on nor with limits to the rate");
         }
         if self.num_queues == 0
             || !self.num_queues.is_multiple_of(2)
@@ -163,13 +194,15 @@ impl FromStr for NetConfig {
             Some(rest) if rest.starts_with(',') => (true, &rest[1..]),
             _ => (false, text),
         };
-        let known = "passt, tap, fd, socket, ip, mask, mac, host_mac, mtu, num_queues, queue_size, vhost, id, bw_size, \
+        let known = "passt, tap, fd, socket, vhost_user, vhost_mode, ip, mask, mac, host_mac, mtu, num_queues, queue_size, vhost, id, bw_size, \
             bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time, offload_tso, offload_ufo, \
             offload_csum, tcp_ports, udp_ports";
         let [
             tap,
             fd,
             socket,
+            vhost_user,
+            vhost_mode,
             ip,
             mask,
             mac,
@@ -196,6 +229,8 @@ impl FromStr for NetConfig {
                 "tap",
                 "fd",
                 "socket",
+                "vhost_user",
+                "vhost_mode",
                 "ip",
                 "mask",
                 "mac",
@@ -267,6 +302,22 @@ impl FromStr for NetConfig {
             [ops_size, ops_burst, ops_time],
         )?;
         let default = Self::default();
+        let vhost_user = switch("vhost_user", vhost_user)?;
+        let vhost_mode = match vhost_mode {
+            None | Some("client") => VhostMode::Client,
+            Some("server") => VhostMode::Server,
+            Some(other) => {
+                return Err(ConfigError::Net(format!(
+                    "vhost_mode: '{other}' is neither client nor server"
+                )));
+            }
+        };
+        let socket = socket.map(PathBuf::from);
+        let (socket, vhost_socket) = if vhost_user {
+            (None, socket)
+        } else {
+            (socket, None)
+        };
         let config = Self {
             tap: owned(tap),
             // A queue for each descriptor, unless it is said.
@@ -276,7 +327,10 @@ impl FromStr for NetConfig {
                 (None, None) => default.num_queues,
             },
             fds,
-            socket: socket.map(Into::into),
+            socket,
+            vhost_user,
+            vhost_socket,
+            vhost_mode,
             passt,
             ip: address("ip", ip, default.ip)?,
             mask: address("mask", mask, default.mask)?,
@@ -367,5 +421,27 @@ mod tests {
         assert_eq!(config.pairs(), 2);
         assert_eq!(config.queue_size, 256);
         assert!(serde_json::from_str::<NetConfig>(r#"{"tapp":"x"}"#).is_err());
+    }
+    #[test]
+    fn another_process_can_work_on_the_queues() {
+        let config = parse("vhost_user=on,socket=/run/net.sock,num_queues=4").unwrap();
+        assert!(config.vhost_user && config.socket.is_none());
+        assert_eq!(config.vhost_socket, Some("/run/net.sock".into()));
+        for (text, why) in [
+            ("vhost_user=on", "go together"),
+            ("vhost_user=on,socket=/s,tap=tap0", "only one of"),
+            ("vhost_user=on,socket=/s,vhost=on", "neither with vhost=on"),
+            (
+                "vhost_user=on,socket=/s,vhost_mode=server",
+                "let that one listen",
+            ),
+            (
+                "vhost_user=on,socket=/s,vhost_mode=x",
+                "neither client nor server",
+            ),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
     }
 }

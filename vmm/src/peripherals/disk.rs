@@ -1,4 +1,4 @@
-//! Disks: from their configuration to a device on its image.
+//! Disks: from their configuration to a device on its image, or on the back end that has the image.
 
 use devices::pci::Slot;
 use devices::virtio::{
@@ -8,6 +8,7 @@ use devices::virtio::{
         image::{self, Backing, Cache, Engine, Format, ImageOptions},
     },
     rate_limiter::{Limits, RateLimiter},
+    vhost_user,
 };
 
 use super::{Handle, PeripheralError, Plug};
@@ -20,6 +21,15 @@ pub(super) fn plug(
     config: &DiskConfig,
 ) -> Result<Slot, PeripheralError> {
     let name = config.name(index);
+    if let Some(socket) = &config.vhost_socket {
+        let device =
+            vhost_user::Block::connect(socket.clone(), config.num_queues, config.queue_size)
+                .map_err(|source| PeripheralError::BackEnd {
+                    device: name.clone(),
+                    source,
+                })?;
+        return plug.virtio(&name, Box::new(device));
+    }
     let image = image::open(&options(config)).map_err(|source| PeripheralError::Image {
         device: name.clone(),
         source,
@@ -47,7 +57,7 @@ pub(super) fn plug(
 
 fn options(config: &DiskConfig) -> ImageOptions {
     ImageOptions {
-        path: config.path.clone(),
+        path: config.path.clone().unwrap_or_default(),
         access: if config.readonly {
             Access::ReadOnly
         } else {

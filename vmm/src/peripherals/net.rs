@@ -17,6 +17,7 @@ use devices::virtio::{
         vhost::{self, Vhost},
     },
     rate_limiter::Limits,
+    vhost_user,
 };
 
 use super::{PeripheralError, Plug};
@@ -56,19 +57,39 @@ pub enum NetworkError {
 /// Plugs in the network device that is number `index`.
 pub(super) fn plug(plug: &Plug, index: usize, config: &NetConfig) -> Result<Slot, PeripheralError> {
     let name = config.id.clone().unwrap_or_else(|| format!("_net{index}"));
-    let device = device(&format!("net{index}"), config).map_err(|source| PeripheralError::Net {
+    let no_network = |source| PeripheralError::Net {
         device: name.clone(),
         source,
-    })?;
+    };
+    if let Some(socket) = &config.vhost_socket {
+        let device = vhost_user::Net::connect(
+            socket.clone(),
+            mac(config).map_err(no_network)?.0,
+            config.mtu,
+            config.pairs() as u16,
+            config.queue_size,
+        )
+        .map_err(|source| PeripheralError::BackEnd {
+            device: name.clone(),
+            source,
+        })?;
+        return plug.virtio(&name, Box::new(device));
+    }
+    let device = device(&format!("net{index}"), config).map_err(no_network)?;
     plug.virtio(&name, Box::new(device))
+}
+
+/// The guest's Ethernet address.
+fn mac(config: &NetConfig) -> Result<MacAddr, NetworkError> {
+    match &config.mac {
+        Some(text) => Ok(text.parse()?),
+        None => MacAddr::random().map_err(NetworkError::RandomMac),
+    }
 }
 
 /// The device that `config` describes; its threads are named after `name`.
 fn device(name: &str, config: &NetConfig) -> Result<Net, NetworkError> {
-    let mac = config.mac.as_ref().map(|text| text.parse()).transpose()?;
-    let mac = mac
-        .map_or_else(MacAddr::random, Ok)
-        .map_err(NetworkError::RandomMac)?;
+    let mac = mac(config)?;
     let mut offloads = 0;
     for (wanted, features) in [
         (config.offload_csum, features::CHECKSUM),

@@ -62,6 +62,8 @@ const KVM: &str = "/dev/kvm";
 const NATIVE_LIMIT: Duration = Duration::from_secs(120);
 /// Where Debian has virtiofsd, by release; the oldest brings it with QEMU.
 const VIRTIOFSD: &[&str] = &["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"];
+/// Serves disks to other processes; it comes with QEMU.
+const STORAGE_DAEMON: &str = "/usr/bin/qemu-storage-daemon";
 /// Longer than all lab tests may take.
 const LAB_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// Runs the tests; the exit status is 1 if one failed.
@@ -281,7 +283,10 @@ fn in_lab(
         .iter()
         .find_map(|path| path.parse::<Addition>().ok());
     let lab = Lab {
-        additions: virtiofsd.into_iter().collect(),
+        additions: virtiofsd
+            .into_iter()
+            .chain(STORAGE_DAEMON.parse().ok())
+            .collect(),
         timeout: Some(LAB_LIMIT),
         // In the lab nothing may be missing, so a test that skips itself there fails.
         environment: vec![("ROTA_REQUIRE".into(), "all".into())],
