@@ -38,7 +38,8 @@ pub use ledger::{
     Claim, ClaimError, Ledger, LedgerEntry, LedgerError, LedgerState, Owner, Rotation, Scope,
 };
 pub use meter::{
-    ExitMeter, Histogram, Latency, Meter, MeterOptions, Metered, VcpuMeter, VmMeter, VpMeter,
+    ExitMeter, Histogram, Latency, Meter, MeterOptions, Metered, RunTimes, VcpuMeter, VmMeter,
+    VpMeter,
 };
 pub use mode::{
     BUDGET, Detection, Evidence, ModeParseError, NeedsForce, PartitionKind, ProbeError,

@@ -199,6 +199,38 @@ in_core_world! {
         drop(spinning);
     }
 
+    /// Register VP_RUNTIME, through the partition while the VP's own descriptor is busy: what the VP has run, and the client's thread
+    /// has not.
+    fn the_hypervisor_says_how_long_a_vp_ran(device, "--lps", "0") {
+        const RUN_TIME: u32 = hv_register_name_HV_REGISTER_VP_RUNTIME;
+        let guest = std::sync::Arc::new(spinner(device));
+        let ns = || {
+            let (outcome, values) = guest.vp.get_on(guest.partition.fd(), &[RUN_TIME]);
+            assert_eq!(outcome.result, Ok(()));
+            // SAFETY: every bit pattern is a number.
+            unsafe { values[0].reg64 * 100 }
+        };
+        assert_eq!(ns(), 0, "it has not run");
+        let end: &'static AtomicBool = Box::leak(Box::default());
+        let runner = std::thread::spawn({
+            let guest = guest.clone();
+            move || {
+                while !end.load(Ordering::Acquire) {
+                    let _ = guest.try_run();
+                }
+            }
+        });
+        let vp = processors(1);
+        let (begun, before) = (Instant::now(), ns());
+        let [(run, _)] = shares(&vp, LOOKED_AT)[..] else { panic!("one VP") };
+        let told = (ns() - before) as f64 / begun.elapsed().as_nanos() as f64;
+        assert!(told > 0.05 && (told - run).abs() < 0.1 * run.max(0.2), "told {told:.3}, ran {run:.3}");
+        drop(Spinning { thread: Some(runner), end });
+        let stopped = ns();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(ns(), stopped, "it does not run");
+    }
+
     fn equals_share_a_logical_processor(device, "--lps", "0", "--quantum-us", "4000") {
         let spinning: Vec<_> = (0..3).map(|_| Spinning::start(spinner(device))).collect();
         let got = shares(&processors(3), LOOKED_AT);

@@ -158,12 +158,20 @@ sched_tests! {
     /// The hypervisor schedules: weight, cap and reserve are its own, and what Linux could only seem to do is refused.
     fn the_hypervisor_is_handed_what_it_takes() {
         let ledger = Ledger::new("core");
-        let mut vm = machine(core(), &ledger, &["--sched", "weight=200,cap=50%"]);
+        let file = ledger.0.join("report.json");
+        let report = file.display().to_string();
+        let mut vm = machine(core(), &ledger, &["--sched", "weight=200,cap=50%", "--report", &report]);
         let line = vm.wait_for("CpuWeight");
         assert!(line.contains("delegated") && line.contains("reads back 200"), "{line}");
         vm.wait_for_init();
         vm.signal(libc::SIGTERM);
         assert_eq!(vm.wait().code(), Some(0), "{}", vm.printed());
+        // Its thread slept all the time: the hypervisor says how long the VP has run.
+        let text = fs::read_to_string(&file).expect("the report");
+        let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let vcpu = &report["metering"]["vcpus"][0];
+        assert!(vcpu["run_ns"].as_u64().is_some_and(|ns| ns > 1_000_000), "{vcpu}");
+        assert!(vcpu["wait_ns"]["unmetered"].is_string(), "nobody can tell: {vcpu}");
         let mut refused = machine(core(), &ledger, &["--sched", "gang=soft:20ms"]);
         assert_eq!(refused.wait().code(), Some(1), "{}", refused.printed());
         let printed = refused.printed();

@@ -28,6 +28,8 @@ pub trait Watch: Send {
     fn entering(&self);
     /// It has come back, for this.
     fn exited(&self, kind: ExitKind);
+    /// It has come back with a message, whose sender is the partition with this id. No ioctl tells the id.
+    fn told_by(&self, partition: u64);
 }
 
 /// How a VP's life ended.
@@ -81,6 +83,12 @@ pub enum CrashReason {
     Vp(#[from] VpError),
 }
 
+fn sender(message: &hv_message) -> u64 {
+    let header = { message.header };
+    // SAFETY: both variants of the union are numbers.
+    unsafe { header.__bindgen_anon_1.sender }
+}
+
 impl Vp {
     /// Runs the guest until it is asked to stop or the guest cannot go on. Call it on the VP's own thread.
     pub fn run(
@@ -99,6 +107,7 @@ impl Vp {
                 Ok(Some(message)) => {
                     if let Some(watch) = watch {
                         watch.exited(ExitKind::of(Intercept::of(&message)));
+                        watch.told_by(sender(&message));
                     }
                     self.handle(&message, memory, machine)
                 }

@@ -10,7 +10,6 @@ use std::{
 };
 
 use devices::{power::PowerRequest, serial::Serial};
-use scheduler::Meter;
 use vcpu::Crash;
 
 use crate::{
@@ -183,7 +182,6 @@ pub fn run(
         if let Some(reply) = starter.take() {
             reply.done();
         }
-        let meter = placed.as_ref().map(Placed::meter);
         let mut desk = Desk {
             config: &mut config,
             vm: Some(&vm),
@@ -196,11 +194,11 @@ pub fn run(
             &mut console,
             &signals,
             requests.as_ref(),
-            metrics.as_mut().zip(meter),
+            metrics.as_mut().zip(placed.as_ref()),
         )?;
         desk.forget_ejected();
         signals_after(&event, &signals);
-        report.metering = placed.as_ref().map(|placed| placed.meter().sample());
+        report.metering = placed.as_ref().map(Placed::sample);
         let clean = vm.stop();
         report.effects = placed.as_ref().map(Placed::effects);
         drop(placed);
@@ -267,12 +265,12 @@ fn wait(
     console: &mut Console,
     signals: &Signals,
     requests: Option<&Queue>,
-    mut metrics: Option<(&mut MetricsFile, &Meter)>,
+    mut metrics: Option<(&mut MetricsFile, &Placed<'_>)>,
 ) -> Result<Event, RunError> {
     let mut input = Input::default();
     loop {
-        if let Some((file, meter)) = &mut metrics {
-            file.tick(|| meter.sample());
+        if let Some((file, placed)) = &mut metrics {
+            file.tick(|| placed.sample());
         }
         let serial = vm.board().serial();
         let listen = serial.is_some() && input.waiting.is_empty() && input.retry_at.is_none();

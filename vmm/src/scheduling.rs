@@ -14,8 +14,8 @@ use std::{fmt, io, path::PathBuf};
 use scheduler::{
     AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, Host, HostError,
     Ledger, LedgerError, Meter, MeterOptions, NeedsForce, Owner, PartitionProperties,
-    ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator, RotatorError, SchedMode,
-    ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
+    ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator, RotatorError, RunTimes,
+    SchedMode, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
 };
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
@@ -176,6 +176,7 @@ impl Scheduling {
         });
         Ok(Placed {
             claim: &self.claim,
+            partition,
             meter,
             reconciler: None,
             rotator: None,
@@ -187,6 +188,7 @@ impl Scheduling {
 /// One boot's threads, placed.
 pub struct Placed<'a> {
     claim: &'a Claim,
+    partition: &'a Partition,
     meter: Meter,
     // Dropped in this order: who moves threads first, then where they are.
     reconciler: Option<Reconciler>,
@@ -224,10 +226,16 @@ impl Placed<'_> {
         Ok(())
     }
 
-    /// What each vCPU got and waited for.
+    /// What VPs report to.
     #[must_use]
     pub fn meter(&self) -> &Meter {
         &self.meter
+    }
+
+    /// What each vCPU got and waited for until now.
+    #[must_use]
+    pub fn sample(&self) -> VmMeter {
+        self.meter.sample_with(self.partition)
     }
 
     /// What became of each request, as things stand now.
@@ -257,6 +265,12 @@ impl fmt::Display for Placed<'_> {
             )?;
         }
         Ok(())
+    }
+}
+
+impl RunTimes for Partition {
+    fn run_time(&self, vcpu: u32) -> io::Result<u64> {
+        self.vp_run_time(vcpu)
     }
 }
 

@@ -147,6 +147,10 @@ impl vcpu::Watch for Metered {
     fn exited(&self, kind: ExitKind) {
         self.0.exited(kind as usize);
     }
+
+    fn told_by(&self, partition: u64) {
+        self.0.belongs_to(partition);
+    }
 }
 
 struct VpThread {

@@ -1,9 +1,11 @@
-//! What the hypervisor counts for a VP, as the driver shows it in debugfs (`mshv/partition/<id>/vp/<n>/stats`, from Linux 7.0).
+//! What the hypervisor counts for a VP: its register VP_RUNTIME, through whoever has the partition, and more as the driver shows it
+//! in debugfs (`mshv/partition/<id>/vp/<n>/stats`, from Linux 7.0).
 //!
-//! Lines are a name, a colon and a number. Names are the interface: their order and number are not.
+//! In debugfs, lines are a name, a colon and a number. Names are the interface: their order and number are not.
 
 use std::{
     fs::File,
+    io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
@@ -13,6 +15,23 @@ pub(super) const DEBUGFS: &str = "/sys/kernel/debug";
 
 /// Times are in units of 100 ns, as everywhere in the hypervisor's interface.
 const UNIT_NS: u64 = 100;
+
+/// Whoever can ask the hypervisor how long VPs have run, also while they run.
+pub trait RunTimes {
+    /// Register VP_RUNTIME of VP `vcpu`, in units of 100 ns.
+    ///
+    /// # Errors
+    /// The hypervisor does not tell, or there is no such VP.
+    fn run_time(&self, vcpu: u32) -> io::Result<u64>;
+}
+
+/// Run time of one VP in nanoseconds, if the hypervisor tells.
+pub(super) fn run_ns(times: &dyn RunTimes, vcpu: u32) -> Option<u64> {
+    times
+        .run_time(vcpu)
+        .ok()
+        .map(|units| units.saturating_mul(UNIT_NS))
+}
 
 /// The open file of one VP.
 pub(super) struct VpStats(File);
@@ -35,7 +54,7 @@ pub(super) struct VpCounts {
 }
 
 impl VpStats {
-    pub(super) fn open(debugfs: &Path, partition: u64, vp: u32) -> std::io::Result<Self> {
+    pub(super) fn open(debugfs: &Path, partition: u64, vp: u32) -> io::Result<Self> {
         let path: PathBuf = debugfs.join(format!("mshv/partition/{partition}/vp/{vp}/stats"));
         File::open(path).map(Self)
     }

@@ -3,12 +3,13 @@
 //! ```text
 //! VP thread ──▶ VpMeter (atomics, a few ns an exit) ─┐
 //! /proc/self/task/<tid>/{schedstat,status,sched}  ───┼──▶ Meter::sample ──▶ VmMeter ──▶ JSON, Prometheus
+//! register VP_RUNTIME, by RunTimes  ─────────────────┤
 //! debugfs mshv/partition/<id>/vp/<n>/stats  ─────────┘
 //! ```
 //!
 //! Who schedules decides who can tell. Where Linux does, the thread *is* the VP, and its run time and waiting are the VP's. Where
-//! the hypervisor does, the thread sleeps while the VP runs, so its times say nothing and are not shown; the hypervisor's own
-//! counters are, where they can be read. What nobody can tell is [`Metered::Unmetered`], with the reason, and never 0.
+//! the hypervisor does, the thread sleeps while the VP runs, so its times say nothing and are not shown: how long a VP has run
+//! says the hypervisor's register, and its counters say the rest where they can be read. What nobody can tell is [`Metered::Unmetered`], with the reason, and never 0.
 
 mod clock;
 mod export;
@@ -21,5 +22,6 @@ mod threads;
 mod vp;
 
 pub use histogram::{Histogram, Latency};
+pub use hypervisor::RunTimes;
 pub use sample::{ExitMeter, Meter, MeterOptions, Metered, VcpuMeter, VmMeter};
 pub use vp::VpMeter;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     clock,
     histogram::Latency,
-    hypervisor::{DEBUGFS, VpCounts, VpStats},
+    hypervisor::{self, DEBUGFS, RunTimes, VpCounts, VpStats},
     threads::{ThreadCounts, ThreadFiles},
     vp::VpMeter,
 };
@@ -53,7 +53,8 @@ pub struct MeterOptions {
     pub vcpus: u32,
     /// Names of the kinds of exit.
     pub kinds: &'static [&'static str],
-    /// The partition's id, where it is known: the hypervisor's counters are found by it.
+    /// The partition's id, where it is known before a VP tells it ([`VpMeter::belongs_to`]): the hypervisor's counters are found by
+    /// it.
     pub partition_id: Option<u64>,
     /// Where debugfs is mounted.
     pub debugfs: PathBuf,
@@ -158,6 +159,8 @@ struct Sources {
     /// What was counted when the thread became the VP's.
     hypervisor_counts: Option<VpCounts>,
     looked_for_hypervisor: bool,
+    /// What the hypervisor said last of how long the VP has run.
+    run_ns: Option<u64>,
 }
 
 impl Meter {
@@ -180,17 +183,36 @@ impl Meter {
         self.vps.get(vcpu as usize).cloned()
     }
 
-    /// How things stand.
+    /// How things stand, without asking for registers of the hypervisor.
     #[must_use]
     pub fn sample(&self) -> VmMeter {
+        self.sample_of(None)
+    }
+
+    /// How things stand. `hypervisor` is asked where Linux cannot tell how long VPs have run.
+    #[must_use]
+    pub fn sample_with(&self, hypervisor: &dyn RunTimes) -> VmMeter {
+        let asked = !self.options.mode.linux_schedules();
+        self.sample_of(asked.then_some(hypervisor))
+    }
+
+    fn sample_of(&self, hypervisor: Option<&dyn RunTimes>) -> VmMeter {
         let (at_ns, cpu_ns) = (monotonic_ns(), thread_cpu_ns());
         let ns_per_tick = clock::ns_per_tick();
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         let mut buffer = Vec::new();
+        let known = || self.vps.iter().find_map(|vp| vp.partition());
+        let partition = self.options.partition_id.or_else(known);
         let vcpus = (0u32..)
             .zip(self.vps.iter().zip(sources.iter_mut()))
             .map(|(vcpu, (vp, sources))| {
-                sources.read(&self.options, vcpu, vp, &mut buffer);
+                sources.read(vp, &mut buffer);
+                if let Some(partition) = partition {
+                    sources.read_counters(&self.options.debugfs, partition, vcpu, &mut buffer);
+                }
+                if let Some(times) = hypervisor {
+                    sources.run_ns = hypervisor::run_ns(times, vcpu).or(sources.run_ns);
+                }
                 let mut meter = self.vcpu(vcpu, vp, sources, ns_per_tick);
                 let before = self.options.before.as_ref();
                 if let Some(before) = before.and_then(|vm| vm.vcpus.get(vcpu as usize)) {
@@ -243,32 +265,32 @@ impl Meter {
 
 impl Sources {
     /// A thread that has ended keeps what was read last.
-    fn read(&mut self, options: &MeterOptions, vcpu: u32, vp: &VpMeter, buffer: &mut Vec<u8>) {
-        if let Some((tid, _)) = vp.thread() {
-            if self.thread.is_none() && self.counts.is_none() {
-                self.thread = ThreadFiles::open(tid).ok();
-            }
-            if let Some(files) = &self.thread {
-                match files.read(buffer) {
-                    Some(counts) => {
-                        self.counts = Some(counts);
-                        self.counts_ns = monotonic_ns();
-                    }
-                    None => self.thread = None,
+    fn read(&mut self, vp: &VpMeter, buffer: &mut Vec<u8>) {
+        let Some((tid, _)) = vp.thread() else {
+            return;
+        };
+        if self.thread.is_none() && self.counts.is_none() {
+            self.thread = ThreadFiles::open(tid).ok();
+        }
+        if let Some(files) = &self.thread {
+            match files.read(buffer) {
+                Some(counts) => {
+                    self.counts = Some(counts);
+                    self.counts_ns = monotonic_ns();
                 }
+                None => self.thread = None,
             }
         }
-        if let Some(partition) = options.partition_id {
-            if !std::mem::replace(&mut self.looked_for_hypervisor, true) {
-                self.hypervisor = VpStats::open(&options.debugfs, partition, vcpu).ok();
-            }
-            if let Some(counts) = self
-                .hypervisor
-                .as_ref()
-                .and_then(|stats| stats.read(buffer))
-            {
-                self.hypervisor_counts = Some(counts);
-            }
+    }
+
+    /// The hypervisor's counters, which are looked for once.
+    fn read_counters(&mut self, debugfs: &Path, partition: u64, vcpu: u32, buffer: &mut Vec<u8>) {
+        if !std::mem::replace(&mut self.looked_for_hypervisor, true) {
+            self.hypervisor = VpStats::open(debugfs, partition, vcpu).ok();
+        }
+        let stats = self.hypervisor.as_ref();
+        if let Some(counts) = stats.and_then(|stats| stats.read(buffer)) {
+            self.hypervisor_counts = Some(counts);
         }
     }
 }
@@ -344,7 +366,12 @@ impl Counts {
                 };
                 let told = |value| or(value, &format!("{why}; and {NO_STATS}"));
                 Self {
-                    run: told(hypervisor.run_ns),
+                    run: or(
+                        sources.run_ns.or(hypervisor.run_ns),
+                        &format!(
+                            "{why}; the hypervisor does not show its register VP_RUNTIME, and {NO_STATS}"
+                        ),
+                    ),
                     wait: told(hypervisor.wait_ns),
                     steal: told(hypervisor.wait_ns),
                     slices: told(hypervisor.dispatches),

@@ -132,6 +132,64 @@ fn the_hypervisors_counters_are_used_where_they_can_be_read() {
     assert_eq!(vcpu.halts, Metered::Known(3));
 }
 
+/// A hypervisor that tells of VP 0 alone, until it does not any more.
+struct Told(std::cell::Cell<Option<u64>>);
+
+impl RunTimes for Told {
+    fn run_time(&self, vcpu: u32) -> std::io::Result<u64> {
+        let told = self.0.get().filter(|_| vcpu == 0);
+        told.ok_or_else(|| std::io::Error::other("it does not tell"))
+    }
+}
+
+#[test]
+fn where_the_hypervisor_schedules_its_register_says_how_long_a_vp_ran() {
+    let meter = Meter::new(options(SchedMode::Core, 2));
+    let told = Told(Some(25).into());
+    let sample = meter.sample_with(&told);
+    assert_eq!(sample.vcpus[0].run_ns, Metered::Known(2_500));
+    assert!(matches!(sample.vcpus[1].run_ns, Metered::Unmetered(_)));
+    told.0.set(None);
+    let last = meter.sample_with(&told);
+    assert_eq!(
+        last.vcpus[0].run_ns,
+        Metered::Known(2_500),
+        "what was told last"
+    );
+    let linux = Meter::new(options(SchedMode::Root, 1));
+    linux.vp(0).unwrap().attach();
+    let own = linux.sample_with(&Told(Some(u64::MAX).into()));
+    assert_ne!(
+        own.vcpus[0].run_ns,
+        Metered::Known(u64::MAX),
+        "the thread says it"
+    );
+}
+
+#[test]
+fn counters_are_found_by_the_id_a_message_tells() {
+    let debugfs = std::env::temp_dir().join(format!("rota-debugfs-told-{}", std::process::id()));
+    for vp in 0..2 {
+        let directory = debugfs.join(format!("mshv/partition/9/vp/{vp}"));
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join("stats"), "VpTotalRunTime : 30\n").unwrap();
+    }
+    let meter = Meter::new(MeterOptions {
+        debugfs: debugfs.clone(),
+        ..options(SchedMode::Core, 2)
+    });
+    assert!(matches!(
+        meter.sample().vcpus[0].run_ns,
+        Metered::Unmetered(_)
+    ));
+    meter.vp(1).unwrap().belongs_to(9);
+    let sample = meter.sample();
+    let _ = fs::remove_dir_all(&debugfs);
+    for vcpu in &sample.vcpus {
+        assert_eq!(vcpu.run_ns, Metered::Known(3_000));
+    }
+}
+
 #[test]
 fn counters_go_on_after_a_restore() {
     let run = |before| {

@@ -37,6 +37,7 @@ pub struct VpMeter {
     /// Interrupt to run, in ticks.
     pub(super) interrupts: Histogram,
     thread: OnceLock<(Tid, u64)>,
+    partition: OnceLock<u64>,
     pending: Pending,
 }
 
@@ -59,6 +60,7 @@ impl VpMeter {
             kicks: Histogram::default(),
             interrupts: Histogram::default(),
             thread: OnceLock::new(),
+            partition: OnceLock::new(),
             pending: Pending::default(),
         }
     }
@@ -109,6 +111,11 @@ impl VpMeter {
         }
     }
 
+    /// The VP is one of the partition with id `partition`, as the messages of the hypervisor say; the first says it for good.
+    pub fn belongs_to(&self, partition: u64) {
+        self.partition.get_or_init(|| partition);
+    }
+
     /// Somebody wants the VP to stop and look. On any thread, just before the kick; of several the first counts.
     pub fn kicked(&self) {
         let _ = self
@@ -133,6 +140,11 @@ impl VpMeter {
             count.load(Relaxed),
             (ticks.load(Relaxed) as f64 * ns_per_tick) as u64,
         )
+    }
+
+    /// The partition's id, once it is known.
+    pub(super) fn partition(&self) -> Option<u64> {
+        self.partition.get().copied()
     }
 
     /// The thread, and since when it is the VP's.

@@ -13,6 +13,7 @@
 //!   worker, halt     the thread that runs it where the hypervisor schedules
 //!   message, page                  what the client sees when the VP has stopped
 //!   registers, state, xsave        what it reads and writes then
+//!   run_time                       how long it has run, at any time
 //! ```
 //!
 //! What the client must see is what the Microsoft Hypervisor shows: an intercepted instruction has *not* run, and the
@@ -31,6 +32,7 @@ mod page;
 mod port;
 mod probe;
 mod registers;
+mod run_time;
 mod signals;
 mod state;
 mod store;
@@ -63,9 +65,12 @@ use crate::trace;
 use engine::{Engine, Next};
 pub(crate) use halt::HaltStat;
 use page::Pages;
+use run_time::RunTime;
 use signals::Held;
 use walk::{Access, Paging, WalkError};
 use worker::Worker;
+
+const VP_RUNTIME: u32 = hv::hv_register_name_HV_REGISTER_VP_RUNTIME;
 
 /// How long to wait between two attempts to get a VP out of the guest.
 const KICK_INTERVAL: Duration = Duration::from_micros(50);
@@ -93,6 +98,7 @@ pub(crate) struct Vp {
     engine: Mutex<Engine>,
     /// Threads that wait for the engine while it runs.
     visitors: AtomicU32,
+    run_time: RunTime,
     /// The thread that runs it, where the hypervisor schedules; elsewhere the client's do.
     worker: Option<Worker>,
 }
@@ -138,6 +144,7 @@ impl Vp {
             kick,
             engine: Mutex::new(engine),
             visitors: AtomicU32::new(0),
+            run_time: RunTime::default(),
             worker,
         })
     }
@@ -166,6 +173,7 @@ impl Vp {
 
     /// Takes over what the client wrote while the VP was stopped; from here on it counts as running.
     fn begin(&self) -> Result<(), Errno> {
+        self.run_time.runs_here();
         let mut engine = self.lock();
         if let Some(dirty) = self.pages.take() {
             engine.take_page(&dirty)?;
@@ -271,14 +279,23 @@ impl Vp {
         Ok(result)
     }
 
-    /// `HVCALL_GET_VP_REGISTERS`: the status, and how many of `names` were read.
+    /// `HVCALL_GET_VP_REGISTERS`: the status, and how many of `names` were read. Who asks for nothing but the run time does not
+    /// disturb the VP.
     pub(crate) fn get_registers(
         &self,
         names: &[u32],
         values: &mut [hv_register_value],
     ) -> (HvStatus, usize) {
+        if names.iter().all(|name| *name == VP_RUNTIME) {
+            values.fill_with(|| registers::word(self.run_time.units()));
+            return (HvStatus::SUCCESS, names.len());
+        }
         let read = |engine: &mut Engine| {
             for (done, (name, value)) in names.iter().zip(values).enumerate() {
+                if *name == VP_RUNTIME {
+                    *value = registers::word(self.run_time.units());
+                    continue;
+                }
                 match registers::get(engine, *name) {
                     Ok(got) => *value = got,
                     Err(status) => return (status, done),
@@ -295,6 +312,10 @@ impl Vp {
             for (done, assoc) in assocs.iter().enumerate() {
                 if let Err(status) = registers::set(engine, assoc) {
                     return (status, done);
+                }
+                if { assoc.name } == VP_RUNTIME {
+                    // SAFETY: every bit pattern is a number.
+                    self.run_time.set(unsafe { assoc.value.reg64 });
                 }
             }
             (HvStatus::SUCCESS, assocs.len())
