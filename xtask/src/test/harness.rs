@@ -204,29 +204,84 @@ impl Collected {
     }
 }
 
-/// The counts in a test program's output (or in that of several).
-pub(crate) fn read(output: &str) -> (Counts, BTreeMap<String, usize>) {
-    let mut counts = Counts::default();
-    for line in output.lines() {
-        // test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s
-        let Some((_, numbers)) = line
-            .split_once("test result: ")
-            .and_then(|(_, rest)| rest.split_once(". "))
-        else {
-            continue;
-        };
-        for part in numbers.split("; ") {
-            match part
-                .split_once(' ')
-                .and_then(|(number, what)| Some((number.parse::<usize>().ok()?, what)))
-            {
-                Some((number, "passed")) => counts.passed += number,
-                Some((number, "failed")) => counts.failed += number,
-                Some((number, "ignored")) => counts.skipped += number,
-                _ => {}
+/// Runs of test programs, as their output is read line by line. A test may run its own program again, and then that run's lines are
+/// among its own: only runs that are in no other count.
+#[derive(Default)]
+struct Runs {
+    counts: Counts,
+    /// How many tests those that have begun and not ended have.
+    open: Vec<usize>,
+    /// The last result that counted for nothing.
+    inner: Counts,
+}
+
+impl Runs {
+    fn line(&mut self, line: &str) {
+        if let Some(tests) = begun(line) {
+            self.open.push(tests);
+        } else if let Some((counts, tests)) = ended(line) {
+            // One that was killed has left its beginning behind.
+            let own = self.open.iter().rposition(|open| *open == tests);
+            self.open.truncate(own.unwrap_or(0));
+            if self.open.is_empty() {
+                self.counts += counts;
+                self.inner = Counts::default();
+            } else {
+                self.inner = counts;
             }
+        } else if line.starts_with("error: test failed") {
+            self.close();
         }
     }
+
+    /// The program has ended, said cargo, or there is no more output. If something is open still, one has been killed, and what came
+    /// last is the program's own.
+    fn close(&mut self) {
+        if !self.open.is_empty() {
+            self.counts += std::mem::take(&mut self.inner);
+            self.open.clear();
+        }
+    }
+}
+
+/// `running 4 tests`.
+fn begun(line: &str) -> Option<usize> {
+    let (number, what) = line.strip_prefix("running ")?.split_once(' ')?;
+    matches!(what, "test" | "tests")
+        .then(|| number.parse().ok())
+        .flatten()
+}
+
+/// `test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s`, and how many tests that are.
+fn ended(line: &str) -> Option<(Counts, usize)> {
+    let (_, rest) = line.split_once("test result: ")?;
+    let (_, numbers) = rest.split_once(". ")?;
+    let (mut counts, mut tests) = (Counts::default(), 0);
+    for part in numbers.split("; ") {
+        let Some((number, what)) = part.split_once(' ') else {
+            continue;
+        };
+        let Ok(number) = number.parse::<usize>() else {
+            continue;
+        };
+        match what {
+            "passed" => counts.passed = number,
+            "failed" => counts.failed = number,
+            "ignored" => counts.skipped = number,
+            "measured" => {}
+            _ => continue,
+        }
+        tests += number;
+    }
+    Some((counts, tests))
+}
+
+/// The counts in a test program's output (or in that of several).
+pub(crate) fn read(output: &str) -> (Counts, BTreeMap<String, usize>) {
+    let mut runs = Runs::default();
+    output.lines().for_each(|line| runs.line(line));
+    runs.close();
+    let mut counts = runs.counts;
     let skips: BTreeSet<_> = output
         .lines()
         .filter_map(|line| {
@@ -272,6 +327,41 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
             }
         );
         assert_eq!(reasons["64-bit code does not run here"], 1);
+    }
+
+    fn result(passed: usize, failed: usize) -> String {
+        let word = if failed > 0 { "FAILED" } else { "ok" };
+        format!(
+            "test result: {word}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 7 filtered out\n"
+        )
+    }
+
+    fn counted(output: &str) -> (usize, usize) {
+        let (counts, _) = read(output);
+        (counts.passed, counts.failed)
+    }
+
+    #[test]
+    fn a_test_that_runs_its_program_again_counts_once() {
+        let again = format!("\nrunning 1 test\ntest inner ... ok\n\n{}", result(1, 0));
+        let output = format!(
+            "running 3 tests\n{again}{again}test outer ... ok\n{}",
+            result(3, 0)
+        );
+        assert_eq!(counted(&output), (3, 0));
+        assert_eq!(counted(&output.repeat(2)), (6, 0), "of two programs");
+    }
+
+    #[test]
+    fn a_run_that_was_killed_hides_nothing() {
+        let killed = "running 1 test\n";
+        let outer = format!("running 3 tests\n{killed}{}", result(2, 1));
+        assert_eq!(counted(&outer.repeat(2)), (4, 2));
+        let alone = format!("running 1 test\n{killed}{}", result(0, 1));
+        assert_eq!(counted(&alone), (0, 1));
+        let crashed = "running 3 tests\nerror: test failed, to rerun pass `-p rota`\n";
+        let output = format!("{crashed}running 2 tests\n{}", result(2, 0));
+        assert_eq!(counted(&output), (2, 0));
     }
 
     #[test]
