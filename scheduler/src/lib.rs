@@ -42,8 +42,9 @@ pub use meter::{
     VpMeter,
 };
 pub use mode::{
-    BUDGET, Detection, Evidence, ModeParseError, NeedsForce, PartitionKind, ProbeError,
-    ProbePartition, Says, Verdict, Verdict as SchedMode, detect, examine, partition_property,
+    BUDGET, Detection, Evidence, ModeChange, ModeCheck, ModeParseError, NeedsForce, PartitionKind,
+    ProbeError, ProbePartition, Says, Verdict, Verdict as SchedMode, detect, examine,
+    partition_property,
 };
 pub use plan::{
     Binding, Constraint, Nearest, Plan, Rejection, Request, VcpuPlan, VmId, VmPlan, plan,

@@ -168,7 +168,9 @@ pub fn run(
         };
         let partition = vm.partition();
         let mut placed = match &scheduling {
-            Some(scheduling) => Some(scheduling.place(&partition, report.metering.take())?),
+            Some(scheduling) => {
+                Some(scheduling.place(&device, &partition, report.metering.take())?)
+            }
             None => None,
         };
         if let Some(announcement) = announcement.take() {

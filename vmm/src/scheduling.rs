@@ -9,11 +9,11 @@
 //!
 //! A machine nobody asked anything for is left to Linux as it is: no ledger, no control group, no thread touched.
 
-use std::{fmt, io, path::PathBuf};
+use std::{fmt, io, os::fd::AsFd, path::PathBuf};
 
 use scheduler::{
     AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, Host, HostError,
-    Ledger, LedgerError, Meter, MeterOptions, NeedsForce, Owner, PartitionProperties,
+    Ledger, LedgerError, Meter, MeterOptions, ModeCheck, NeedsForce, Owner, PartitionProperties,
     ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator, RotatorError, RunTimes,
     SchedMode, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
 };
@@ -21,7 +21,10 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use vcpu::ExitKind;
 
-use crate::{config::VmConfig, partition::Partition};
+use crate::{
+    config::VmConfig,
+    partition::{Device, Partition},
+};
 
 /// How a machine's vCPUs are to be scheduled.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +103,7 @@ fn rejection_line(rejection: &Rejection) -> String {
 /// What was planned for a machine, for as long as it lives.
 pub struct Scheduling {
     host: Host,
+    detection: Detection,
     owner: Owner,
     claim: Claim,
 }
@@ -138,7 +142,12 @@ impl Scheduling {
         let claim = Ledger::open(asked.ledger.as_deref())?
             .claim(owner.clone(), |ledger| plan(&host, ledger, &[request]))
             .map_err(SchedulingError::Claim)?;
-        Ok(Some(Self { host, owner, claim }))
+        Ok(Some(Self {
+            host,
+            detection: detection.clone(),
+            owner,
+            claim,
+        }))
     }
 
     /// The plan.
@@ -147,12 +156,13 @@ impl Scheduling {
         self.claim.plan()
     }
 
-    /// Makes the plan so for a partition that is ready to run. `before` is what was metered before a reset.
+    /// Makes the plan so for a partition of `device` that is ready to run. `before` is what was metered before a reset.
     ///
     /// # Errors
     /// Something cannot be had. Nothing stays behind.
     pub fn place<'a>(
         &'a self,
+        device: &'a Device,
         partition: &'a Partition,
         before: Option<VmMeter>,
     ) -> Result<Placed<'a>, SchedulingError> {
@@ -176,6 +186,8 @@ impl Scheduling {
         });
         Ok(Placed {
             claim: &self.claim,
+            device,
+            detection: &self.detection,
             partition,
             meter,
             reconciler: None,
@@ -188,6 +200,8 @@ impl Scheduling {
 /// One boot's threads, placed.
 pub struct Placed<'a> {
     claim: &'a Claim,
+    device: &'a Device,
+    detection: &'a Detection,
     partition: &'a Partition,
     meter: Meter,
     // Dropped in this order: who moves threads first, then where they are.
@@ -212,11 +226,11 @@ impl Placed<'_> {
     pub fn look_after(&mut self) -> Result<(), SchedulingError> {
         let claim = self.claim;
         self.rotator = Rotator::start(&self.enforcer, claim, None)?;
-        if claim.plan().mode.hypervisor_schedules() {
-            return Ok(());
-        }
         let tell = |event| warn!("scheduling: {event:?}");
-        let options = ReconcileOptions::default();
+        let options = ReconcileOptions {
+            mode: Some(ModeCheck::new(self.device.as_fd(), self.detection)?),
+            ..ReconcileOptions::default()
+        };
         self.reconciler = Some(Reconciler::start(
             &self.enforcer,
             Some(claim),

@@ -395,9 +395,14 @@ impl Shared {
         })
     }
 
+    /// Is it Linux that this VM's threads are placed by?
+    pub(crate) fn places_threads(&self) -> bool {
+        lock(&self.linux).is_some()
+    }
+
     /// Are there threads to look after?
     pub(crate) fn has_threads(&self) -> bool {
-        !lock(&self.threads).is_empty()
+        self.places_threads() && !lock(&self.threads).is_empty()
     }
 
     /// Gives vCPUs and helpers other CPUs, and their groups with them. Was a group otherwise than it should be, though nothing

@@ -19,6 +19,7 @@ mod log;
 mod partition;
 mod probe_partition;
 mod probe_signal;
+mod recheck;
 mod steal;
 mod thread_time;
 mod verdict;
@@ -34,6 +35,7 @@ use serde::Serialize;
 pub use choice::{ModeParseError, NeedsForce};
 pub use partition::PartitionKind;
 pub use probe_partition::{ProbeError, ProbePartition};
+pub use recheck::{ModeChange, ModeCheck};
 pub use verdict::Verdict;
 
 /// What looking at behaviour may take at most, with everything else.
@@ -67,7 +69,7 @@ pub struct Evidence {
 }
 
 impl Evidence {
-    fn new(
+    pub(crate) fn new(
         source: &'static str,
         says: Says,
         value: impl Into<String>,

@@ -6,6 +6,8 @@
 //! them in a build without optimization: 8 ms a second; a machine of 8: 0.1 %). With every 40 ms, what was to be right within 50 ms
 //! took 51 on a busy machine: the thread that looks has to get a CPU as well, for which it asks for the shortest slice there is.
 //!
+//! Who schedules at all is looked at every minute ([`ModeCheck`](crate::ModeCheck)): a plan for one world means nothing in the other.
+//!
 //! Whoever fights us wins for a while: after three corrections in ten seconds there are none for ten seconds, then for twenty, and
 //! so on, and the effect says that the placement is advisory.
 

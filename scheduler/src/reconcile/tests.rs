@@ -5,14 +5,19 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc::{self, Receiver},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc::{self, Receiver},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use super::*;
 use crate::{
-    CpuSet, EnforceOptions, Enforcer, Ledger, Owner, Plan, ThreadRole, Tid, VmPolicy,
+    CpuSet, EnforceOptions, Enforcer, Evidence, Ledger, ModeCheck, Outcome, Owner, Plan, Says,
+    ThreadRole, Tid, VmPolicy,
     enforce::tests::{Body, host, options, vm},
     sys,
 };
@@ -88,6 +93,65 @@ fn a_thread_somebody_moves_is_moved_back_until_that_is_a_fight() {
             .to_string()
             .contains("another program")
     );
+}
+
+/// The kernel's decision is another, and then the first one again: told each time, threads are put in their places again, and the
+/// effects say what it means.
+#[test]
+fn another_scheduler_is_told_and_the_plan_done_anew() {
+    let Some([first, second]) = two_cpus() else {
+        return;
+    };
+    let plan = vm("mode", 1, VmPolicy::default());
+    assert!(plan.mode.linux_schedules());
+    let enforcer = Enforcer::prepare(&host(), &plan, &bare()).unwrap();
+    let body = Body::start(false);
+    enforcer.adopt(ThreadRole::Vcpu(0), body.tid).unwrap();
+    let says = |says, value: &str| vec![Evidence::new("kernel's decision", says, value, "")];
+    let core = Arc::new(AtomicBool::new(false));
+    let now = Arc::clone(&core);
+    let read = move || match now.load(Relaxed) {
+        true => says(Says::Hypervisor, "the hypervisor's"),
+        false => says(Says::Linux, "its own"),
+    };
+    let said = says(Says::Linux, "its own");
+    let options = ReconcileOptions {
+        // Nobody looks at threads by themselves.
+        look_every: Duration::from_secs(3600),
+        mode: Some(ModeCheck::of(read, said, Duration::from_millis(5))),
+        ..ReconcileOptions::default()
+    };
+    let (tell, told) = mpsc::channel();
+    let reconciler = Reconciler::start(&enforcer, None, options, move |event| {
+        let _ = tell.send(event);
+    });
+    let mode = || {
+        let effects = enforcer.effects();
+        let mode = effects.into_iter().find(|effect| effect.control == "mode");
+        mode.map(|effect| effect.outcome)
+    };
+    // What is put right in between is told as well.
+    let change = || loop {
+        match told.recv_timeout(SOON).unwrap() {
+            ReconcileEvent::Mode(change) => return change,
+            ReconcileEvent::Corrected { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(mode(), None);
+    core.store(true, Relaxed);
+    assert_eq!(change().says, Says::Hypervisor);
+    assert!(matches!(mode(), Some(Outcome::Advisory { .. })));
+    sys::set_affinity(body.tid, &CpuSet::one(second)).unwrap();
+    core.store(false, Relaxed);
+    assert_eq!(change().says, Says::Linux);
+    assert_eq!(mode(), Some(Outcome::Enforced));
+    let begun = Instant::now();
+    while sys::affinity(body.tid).unwrap() != CpuSet::one(first) {
+        assert!(begun.elapsed() < SOON, "it is not put back");
+        thread::sleep(Duration::from_millis(1));
+    }
+    drop(reconciler);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use super::{
     remap::{Place, remap},
 };
 use crate::{
-    Claim, CpuSet, Effect, Enforcer, Outcome, ThreadRole, Tid, VmPlan,
+    Claim, CpuSet, Effect, Enforcer, ModeChange, ModeCheck, Outcome, Says, ThreadRole, Tid, VmPlan,
     enforce::{Shared, read_cpus},
     ledger::Entry,
     sys::{self, Attributes, StopSignal},
@@ -40,12 +40,13 @@ pub enum OnLost {
 }
 
 /// How a plan is kept true.
-#[derive(Clone, Copy, Debug)]
 pub struct ReconcileOptions {
     /// For vCPUs with CPUs of their own.
     pub on_lost: OnLost,
     /// How often threads are looked at, since nobody tells when they are moved.
     pub look_every: Duration,
+    /// Looks whether the same still schedules; where there is no device to ask, nobody does.
+    pub mode: Option<ModeCheck>,
 }
 
 impl Default for ReconcileOptions {
@@ -53,6 +54,7 @@ impl Default for ReconcileOptions {
         Self {
             on_lost: OnLost::default(),
             look_every: Duration::from_millis(20),
+            mode: None,
         }
     }
 }
@@ -94,6 +96,9 @@ pub enum ReconcileEvent {
     },
     /// The plan is another now, because of what others planned.
     Replanned,
+    /// Who schedules VPs is another now, says a source. Everything that Linux can do has been done anew; if it is the hypervisor that
+    /// schedules, that has no effect.
+    Mode(ModeChange),
     /// Somebody else keeps moving our threads; no more corrections for so long.
     Truce {
         /// How long.
@@ -217,7 +222,9 @@ impl Watcher {
         let cpus = self.cpus.as_ref().map_or(-1, CpuEvents::fd);
         let fds = [self.stop.fd(), self.files.fd(), cpus];
         loop {
-            let timeout = self.shared.has_threads().then_some(self.options.look_every);
+            let look = self.shared.has_threads().then_some(self.options.look_every);
+            let check = self.options.mode.as_ref().map(ModeCheck::due_in);
+            let timeout = look.into_iter().chain(check).min();
             let Ok(ready) = sys::wait_readable(&fds, timeout) else {
                 return;
             };
@@ -232,8 +239,35 @@ impl Watcher {
             if ready[2] {
                 changed |= self.cpus.as_ref().is_some_and(CpuEvents::drain);
             }
+            changed |= self.check_mode();
             self.look(changed);
         }
+    }
+
+    /// Has somebody changed their mind about who schedules?
+    fn check_mode(&mut self) -> bool {
+        let Some(change) = self.options.mode.as_mut().and_then(ModeCheck::look) else {
+            return false;
+        };
+        let planned = self.plan.mode;
+        let outcome = if (change.says == Says::Linux) == planned.linux_schedules() {
+            Outcome::Enforced
+        } else {
+            Outcome::Advisory {
+                why: format!(
+                    "since the start the {} has become \"{}\" (it was \"{}\"), so what was planned may have no effect; a new start \
+                     plans for what is now",
+                    change.source, change.now, change.before
+                ),
+            }
+        };
+        self.shared.set_effect(Effect {
+            control: "mode".into(),
+            requested: planned.to_string(),
+            outcome,
+        });
+        (self.tell)(ReconcileEvent::Mode(change));
+        true
     }
 
     fn read_available(&self) -> CpuSet {
@@ -258,6 +292,9 @@ impl Watcher {
 
     /// Compares what is with what should be. `certain`: something has changed, so every thread is told again what it should be.
     fn look(&mut self, certain: bool) {
+        if !self.shared.places_threads() {
+            return;
+        }
         if !certain && self.shared.is_in_place() {
             return;
         }
