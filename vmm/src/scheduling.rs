@@ -12,10 +12,10 @@
 use std::{fmt, io, os::fd::AsFd, path::PathBuf};
 
 use scheduler::{
-    AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, Host, HostError,
-    Ledger, LedgerError, Meter, MeterOptions, ModeCheck, NeedsForce, Owner, PartitionProperties,
-    ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator, RotatorError, RunTimes,
-    SchedMode, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
+    AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, GangSignal, Host,
+    HostError, Ledger, LedgerError, Meter, MeterOptions, ModeCheck, NeedsForce, Owner,
+    PartitionProperties, ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator,
+    RotatorError, RunTimes, SchedMode, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
 };
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
@@ -166,14 +166,6 @@ impl Scheduling {
         partition: &'a Partition,
         before: Option<VmMeter>,
     ) -> Result<Placed<'a>, SchedulingError> {
-        let options = EnforceOptions {
-            partition: Some(partition),
-            ..EnforceOptions::new(self.owner.clone())
-        };
-        let enforcer = Enforcer::prepare(&self.host, self.plan(), &options)?;
-        for name in enforcer.reaped() {
-            info!("control group {name} of a process that is gone: removed");
-        }
         let plan = self.plan();
         let meter = Meter::new(MeterOptions {
             before: before.map(Box::new),
@@ -184,12 +176,23 @@ impl Scheduling {
                 ExitKind::NAMES,
             )
         });
+        let signal = meter.gang_signal();
+        let options = EnforceOptions {
+            partition: Some(partition),
+            guest_tells: signal.is_some(),
+            ..EnforceOptions::new(self.owner.clone())
+        };
+        let enforcer = Enforcer::prepare(&self.host, plan, &options)?;
+        for name in enforcer.reaped() {
+            info!("control group {name} of a process that is gone: removed");
+        }
         Ok(Placed {
             claim: &self.claim,
             device,
             detection: &self.detection,
             partition,
             meter,
+            signal,
             reconciler: None,
             rotator: None,
             enforcer,
@@ -204,6 +207,8 @@ pub struct Placed<'a> {
     detection: &'a Detection,
     partition: &'a Partition,
     meter: Meter,
+    /// Until somebody takes turns by it.
+    signal: Option<Box<dyn GangSignal>>,
     // Dropped in this order: who moves threads first, then where they are.
     reconciler: Option<Reconciler>,
     rotator: Option<Rotator>,
@@ -225,7 +230,7 @@ impl Placed<'_> {
     /// The host has no more threads or descriptors.
     pub fn look_after(&mut self) -> Result<(), SchedulingError> {
         let claim = self.claim;
-        self.rotator = Rotator::start(&self.enforcer, claim, None)?;
+        self.rotator = Rotator::start(&self.enforcer, claim, self.signal.take())?;
         let tell = |event| warn!("scheduling: {event:?}");
         let options = ReconcileOptions {
             mode: Some(ModeCheck::new(self.device.as_fd(), self.detection)?),

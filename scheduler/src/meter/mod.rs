@@ -16,6 +16,7 @@ mod export;
 mod histogram;
 mod hypervisor;
 mod sample;
+mod spins;
 #[cfg(test)]
 mod tests;
 mod threads;

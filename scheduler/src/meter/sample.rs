@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -12,11 +13,12 @@ use super::{
     clock,
     histogram::Latency,
     hypervisor::{self, DEBUGFS, RunTimes, VpCounts, VpStats},
+    spins::LongSpins,
     threads::{ThreadCounts, ThreadFiles},
     vp::VpMeter,
 };
 use crate::{
-    SchedMode, Tid, VmId,
+    GangSignal, SchedMode, Tid, VmId,
     sys::{monotonic_ns, thread_cpu_ns},
 };
 
@@ -181,6 +183,19 @@ impl Meter {
     #[must_use]
     pub fn vp(&self, vcpu: u32) -> Option<Arc<VpMeter>> {
         self.vps.get(vcpu as usize).cloned()
+    }
+
+    /// What adaptive gangs can be judged by, if this process may read the hypervisor's counters at all.
+    #[must_use]
+    pub fn gang_signal(&self) -> Option<Box<dyn GangSignal>> {
+        let MeterOptions {
+            debugfs,
+            partition_id,
+            ..
+        } = &self.options;
+        fs::read_dir(debugfs.join("mshv/partition")).ok()?;
+        let signal = LongSpins::new(self.vps.clone(), debugfs.clone(), *partition_id);
+        Some(Box::new(signal))
     }
 
     /// How things stand, without asking for registers of the hypervisor.

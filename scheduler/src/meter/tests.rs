@@ -191,6 +191,31 @@ fn counters_are_found_by_the_id_a_message_tells() {
 }
 
 #[test]
+fn adaptive_gangs_are_judged_by_long_spins() {
+    let debugfs = std::env::temp_dir().join(format!("rota-debugfs-spins-{}", std::process::id()));
+    let meter = Meter::new(MeterOptions {
+        debugfs: debugfs.clone(),
+        ..options(SchedMode::Root, 2)
+    });
+    assert!(meter.gang_signal().is_none(), "there are no counters");
+    let file = |vp: u32| debugfs.join(format!("mshv/partition/9/vp/{vp}/stats"));
+    let count = |vp: u32, spins: u32| {
+        fs::create_dir_all(file(vp).parent().unwrap()).unwrap();
+        fs::write(file(vp), format!("VpLongSpinWaitHypercalls : {spins}\n")).unwrap();
+    };
+    count(0, 5);
+    let mut signal = meter.gang_signal().unwrap();
+    assert_eq!(signal.spins(), None, "whose partition is it?");
+    meter.vp(0).unwrap().belongs_to(9);
+    assert_eq!(signal.spins(), None, "one VP does not tell");
+    count(1, 7);
+    assert_eq!(signal.spins(), Some(12));
+    count(1, 8);
+    assert_eq!((signal.progress(), signal.spins()), (None, Some(13)));
+    fs::remove_dir_all(&debugfs).unwrap();
+}
+
+#[test]
 fn counters_go_on_after_a_restore() {
     let run = |before| {
         let meter = Meter::new(MeterOptions {
