@@ -30,6 +30,7 @@ pub(super) fn experiment(_settings: &Settings) -> Experiment {
         title: "what a request to Linux is worth where the hypervisor schedules",
         setting: "real VPs on softmshv, which count for ever in real mode; a VM has 1 VP. Affinity: 2 VMs, both to CPU a alone; \
                   quota: 1 VM, 4 ms in 10 ms; weights: 2 VMs on one CPU (core: one logical processor), 1:3. \
+                  A standstill is how long a VP's count was seen not to change, by one who looks every millisecond. \
                   Came true: the part of run time on CPU a; 40 % / run time; ratio / 3"
             .into(),
         metrics: vec![
@@ -38,6 +39,7 @@ pub(super) fn experiment(_settings: &Settings) -> Experiment {
             metric("run", "run time of a VP", "% of a CPU"),
             metric("ratio", "second VP / first", ""),
             metric("thread", "run time of a vCPU's thread", "% of a CPU"),
+            metric("still", "longest standstill", "ms"),
             metric("refused", "refused at start", ""),
         ],
         variants,
@@ -109,6 +111,8 @@ fn once(settings: &Settings, asked: Ask, world: &str, asker: Asker) -> crate::Re
     let mean = |parts: &[f64]| parts.iter().sum::<f64>() / parts.len().max(1) as f64 * 100.0;
     outcome.metrics.insert("run", mean(&answer.run));
     outcome.metrics.insert("thread", mean(&answer.thread_run));
+    let still = answer.still.iter().max().copied().unwrap_or_default();
+    outcome.metrics.insert("still", still.as_secs_f64() * 1e3);
     let ratio = match answer.counted[..] {
         [first, second] => f64::from(second) / f64::from(first.max(1)),
         _ => 1.0,

@@ -10,7 +10,7 @@ use crate::{
 
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Rota's variants: periods in milliseconds.
-const PERIODS: [u32; 3] = [5, 10, 20];
+const PERIODS: [u32; 4] = [5, 10, 20, 100];
 
 pub(super) fn experiment(settings: &Settings) -> Experiment {
     let metric = |key, label, unit| Metric { key, label, unit };
@@ -23,6 +23,8 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
             metric("p50", "standstill p50", "ms"),
             metric("p99", "standstill p99", "ms"),
             metric("max", "longest", "ms"),
+            metric("nr_throttled", "nr_throttled", "1/s"),
+            metric("throttled", "throttled_usec", "ms/s"),
         ],
         variants: variants(settings),
         criteria,
@@ -79,6 +81,10 @@ fn measure(vms: &[VmResult], seconds: f64) -> BTreeMap<&'static str, f64> {
         metrics.insert("run", run as f64 / 1e7 / seconds);
         for (key, part) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
             metrics.extend(at(&vm.blackouts, part).map(|us| (key, us / 1e3)));
+        }
+        if let Some(throttled) = vm.throttled {
+            metrics.insert("nr_throttled", throttled.periods as f64 / seconds);
+            metrics.insert("throttled", throttled.us as f64 / 1e3 / seconds);
         }
     }
     metrics

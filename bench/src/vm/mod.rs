@@ -8,6 +8,7 @@ mod body;
 mod control;
 mod groups;
 mod parent;
+mod throttle;
 
 use std::{
     io::{self, BufRead, Write},
@@ -26,6 +27,7 @@ pub(crate) use body::{Body, Work};
 pub(crate) use control::{Control, confine};
 pub(crate) use groups::{Groups, Limits, Shares};
 pub(crate) use parent::run;
+use throttle::Throttled;
 
 /// One VM of an experiment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -51,6 +53,8 @@ pub(crate) struct VmResult {
     pub(crate) curve: Vec<f64>,
     /// The same of those samples that were longer than half a millisecond.
     pub(crate) blackouts: Vec<f64>,
+    /// What a quota held back, where the kernel counts that.
+    pub(crate) throttled: Option<Throttled>,
     /// Whether turns were being taken in the end.
     pub(crate) turns: bool,
     /// What the control plane said about what was asked, if it says anything.
@@ -150,6 +154,7 @@ struct Reading {
     progress: Vec<u64>,
     run_ns: Vec<u64>,
     process_ns: u64,
+    throttled: Option<Throttled>,
 }
 
 impl Reading {
@@ -162,6 +167,7 @@ impl Reading {
                 .map(|tid| clock::run_ns(tid.0))
                 .collect(),
             process_ns: clock::process_ns(),
+            throttled: Throttled::read(threads.tids()),
         }
     }
 
@@ -176,6 +182,10 @@ impl Reading {
             progress: grown(&self.progress, &before.progress),
             run_ns: grown(&self.run_ns, &before.run_ns),
             process_ns: self.process_ns - before.process_ns,
+            throttled: self
+                .throttled
+                .zip(before.throttled)
+                .map(|(now, then)| now.since(then)),
             ..VmResult::default()
         }
     }

@@ -63,6 +63,8 @@ pub(crate) struct Answer {
     pub(crate) thread_run: Vec<f64>,
     /// Of all VPs' run time, the part on the CPU that was asked for.
     pub(crate) on_cpu: f64,
+    /// The longest time for which each VP was seen to stand still.
+    pub(crate) still: Vec<Duration>,
     /// How far each VP counted.
     pub(crate) counted: Vec<u32>,
     /// What the one that was asked said: nothing, with peers.
@@ -155,11 +157,12 @@ fn answer(question: &Question) -> Result<Answer> {
     std::thread::sleep(Duration::from_millis(200));
     let threads: Vec<i32> = running.iter().map(|vm| vm.tid.0).collect();
     let counted: Vec<u32> = running.iter().map(Running::count).collect();
-    let seen = Watch::start(&threads)?.look_for(question.time);
+    let seen = Watch::start(&threads)?.look_for(question.time, &running);
     let answer = Answer {
         run: seen.run,
         thread_run: seen.thread_run,
         on_cpu: seen.cpus.get(&question.cpu).copied().unwrap_or(0.0),
+        still: seen.still,
         counted: running
             .iter()
             .zip(counted)

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::own_threads;
+use super::{machine::Running, own_threads};
 
 /// What softmshv calls the threads that run VPs with the core scheduler.
 const CARRIERS: &str = "softmshv-vp";
@@ -25,6 +25,34 @@ pub(super) struct Seen {
     pub(super) thread_run: Vec<f64>,
     /// Parts of all run time, by CPU.
     pub(super) cpus: BTreeMap<u32, f64>,
+    /// The longest time for which the count of each VP was seen to stand still: its gaps were no shorter.
+    pub(super) still: Vec<Duration>,
+}
+
+/// How long a count stands still, as far as can be seen by looking now and then.
+struct Still {
+    count: u32,
+    /// When the count was first seen to be that.
+    since: Instant,
+    longest: Duration,
+}
+
+impl Still {
+    fn new(count: u32, now: Instant) -> Self {
+        Self {
+            count,
+            since: now,
+            longest: Duration::ZERO,
+        }
+    }
+
+    fn look(&mut self, count: u32, now: Instant) {
+        if count == self.count {
+            self.longest = self.longest.max(now - self.since);
+        } else {
+            (self.count, self.since) = (count, now);
+        }
+    }
 }
 
 impl Watch {
@@ -48,7 +76,7 @@ impl Watch {
     }
 
     /// Looks every millisecond: what a thread has run since the last look, it has run where it is.
-    pub(super) fn look_for(&self, time: Duration) -> Seen {
+    pub(super) fn look_for(&self, time: Duration, vms: &[Running]) -> Seen {
         let read = |threads: &[i32]| -> Vec<u64> {
             threads
                 .iter()
@@ -58,6 +86,7 @@ impl Watch {
         let begun = Instant::now();
         let (first, callers) = (read(&self.carriers), read(&self.callers));
         let mut last = first.clone();
+        let mut still: Vec<Still> = vms.iter().map(|vm| Still::new(vm.count(), begun)).collect();
         let mut cpus: BTreeMap<u32, u64> = BTreeMap::new();
         while begun.elapsed() < time {
             std::thread::sleep(LOOK_EVERY);
@@ -68,6 +97,9 @@ impl Watch {
                 }
             }
             last = now;
+            for (vm, still) in vms.iter().zip(&mut still) {
+                still.look(vm.count(), Instant::now());
+            }
         }
         let wall = begun.elapsed().as_nanos() as f64;
         let parts = |now: &[u64], before: &[u64]| -> Vec<f64> {
@@ -84,6 +116,7 @@ impl Watch {
                 .into_iter()
                 .map(|(cpu, ns)| (cpu, ns as f64 / all))
                 .collect(),
+            still: still.into_iter().map(|still| still.longest).collect(),
         }
     }
 }
@@ -98,4 +131,27 @@ fn cpu_of(tid: i32) -> Option<u32> {
         .nth(36)?
         .parse()
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_seen_to_stand_still_counts() {
+        let begun = Instant::now();
+        let at = |ms| begun + Duration::from_millis(ms);
+        let mut still = Still::new(1, begun);
+        still.look(1, at(2));
+        still.look(5, at(30));
+        assert_eq!(
+            still.longest,
+            Duration::from_millis(2),
+            "nobody looked meanwhile"
+        );
+        still.look(5, at(31));
+        still.look(5, at(39));
+        still.look(6, at(40));
+        assert_eq!(still.longest, Duration::from_millis(9));
+    }
 }
