@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    thread,
     time::Duration,
 };
 
@@ -14,13 +15,20 @@ use super::{
 use crate::{
     Result, clock,
     protocol::Results,
-    vm::{self, Body, Control, VmSpec, confine},
+    vm::{self, Body, Control, Group, Groups, Limits, VmSpec, confine},
 };
 
 const WARM_UP: Duration = Duration::from_millis(300);
 const LOOK_EVERY_NS: u64 = 200_000;
 const LIMIT_MS: f64 = 50.0;
-const EVENTS: [(&str, Event); 2] = [("taskset", Event::Taskset), ("cpuset", Event::Cpuset)];
+/// How long a CPU is away before it comes back.
+const AWAY: Duration = Duration::from_millis(300);
+const EVENTS: [(&str, Event); 4] = [
+    ("taskset", Event::Taskset),
+    ("cpuset", Event::Cpuset),
+    ("pod", Event::Pod),
+    ("offline", Event::Offline),
+];
 
 /// What somebody else does.
 #[derive(Clone, Copy, PartialEq)]
@@ -29,6 +37,20 @@ enum Event {
     Taskset,
     /// A write to `cpuset.cpus` of the group the thread is in.
     Cpuset,
+    /// The cpuset around the VM's process loses the CPU, and has it again a moment later.
+    Pod,
+    /// The CPU goes offline, and is back a moment later.
+    Offline,
+}
+
+impl Event {
+    /// Where the vCPU is to be, and the other CPU: the first cannot go offline.
+    fn cpus(self, planes: &Planes) -> (CpuSet, CpuSet) {
+        match self {
+            Self::Offline => (planes.second.clone(), planes.first.clone()),
+            _ => (planes.first.clone(), planes.second.clone()),
+        }
+    }
 }
 
 pub(super) fn experiment(settings: &Settings) -> Experiment {
@@ -37,7 +59,8 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
         id: "B9",
         title: "somebody else moves a vCPU: how long it stays there",
         setting: "a VM of 1 vCPU (thread) that never stops, to be on CPU a; somebody moves it to CPU b, with taskset or by writing to \
-                  its cpuset; at most the run's seconds, in which it was not moved back"
+                  its cpuset. Or CPU a leaves the cpuset around the VM's process for 300 ms, or (with a and b the other way round) goes offline \
+                  for as long, and the time counts from its return. At most the run's seconds, in which it was not moved back"
             .into(),
         metrics: vec![
             metric("wrong", "on the wrong CPU", "ms"),
@@ -54,35 +77,36 @@ fn variants(settings: &Settings) -> Vec<Variant> {
     let planes = Planes::new(settings);
     let mut variants = Vec::new();
     for (what, event) in EVENTS {
+        let (wanted, wrong) = event.cpus(&planes);
         let controls = [
             (
                 "cloud-hypervisor",
                 "affinity=[0@[a]]: one sched_setaffinity; nobody looks again",
                 Control::CloudHypervisor {
-                    affinity: vec![planes.first.clone()],
+                    affinity: vec![wanted.clone()],
                 },
             ),
             (
                 "libvirt",
                 "vcpupin: group and sched_setaffinity; nobody looks again",
-                Planes::libvirt(vec![planes.first.clone()]),
+                Planes::libvirt(vec![wanted.clone()]),
             ),
             (
                 "k8s static",
                 "the process in a cpuset of CPU a; the kubelet looks every 10 s, which is longer than a run, and is not emulated",
                 Control::Kubernetes {
-                    cpus: planes.first.clone(),
+                    cpus: wanted.clone(),
                     millicpus: 1000,
                 },
             ),
             (
                 "rota",
                 "rota --sched map=[0@[a]] with its reconcile loop",
-                rota(format!("map=[0@[{}]]", planes.first)),
+                rota(format!("map=[0@[{wanted}]]")),
             ),
         ];
         for (who, how, control) in controls {
-            let (wanted, wrong) = (planes.first.clone(), planes.second.clone());
+            let (wanted, wrong) = (wanted.clone(), wrong.clone());
             variants.push(Variant {
                 name: format!("{what}, {who}"),
                 how: how.into(),
@@ -111,17 +135,46 @@ fn once(
         *ledger = own_ledger(settings)?;
     }
     let mut outcome = Outcome::default();
+    // Around this process and those it starts, for as long as the run takes.
+    let mut groups = None;
+    let mut pod = None;
+    if event == Event::Pod {
+        let made = Groups::here().and_then(|mut groups| {
+            let limits = Limits {
+                cpus: Some((wanted | wrong).to_string()),
+                ..Limits::default()
+            };
+            let pod = groups.of_process("pod", &limits)?;
+            Ok((groups, pod))
+        });
+        match made {
+            Ok((made, group)) => (groups, pod) = (Some(made), Some(group)),
+            Err(error) => {
+                outcome
+                    .notes
+                    .push(format!("no cpuset can be made around the VM: {error}"));
+                outcome.metrics.insert("refused", 100.0);
+                return Ok(outcome);
+            }
+        }
+    }
     let limit = settings.time.saturating_sub(Duration::from_millis(100));
     let mut disturb = |pids: &[u32]| -> Result<()> {
         let (pid, tid) = pids
             .first()
             .and_then(|pid| Some((*pid, vcpu_of(*pid)?)))
             .ok_or("the VM has no vCPU")?;
-        let begun = clock::now_ns();
-        let moved = match event {
-            Event::Taskset => confine(Tid(tid), wrong),
-            Event::Cpuset => write_cpuset(pid, tid, wrong),
+        let mut begun = clock::now_ns();
+        let moved = match (event, &pod) {
+            (Event::Taskset, _) => confine(Tid(tid), wrong),
+            (Event::Cpuset, _) => write_cpuset(pid, tid, wrong),
+            (Event::Offline, _) => take_offline(wanted),
+            (Event::Pod, Some(pod)) => shrink_and_grow(pod, wanted, wrong),
+            (Event::Pod, None) => Err(io::Error::other("there is no cpuset around it")),
         };
+        if matches!(event, Event::Pod | Event::Offline) {
+            begun = clock::now_ns();
+        }
         let refused = moved.is_err();
         if let Err(error) = moved {
             outcome.notes.push(format!("the move is refused: {error}"));
@@ -144,6 +197,7 @@ fn once(
         Ok(())
     };
     let together = vm::run(&[spec], WARM_UP, settings.time, &mut disturb)?;
+    drop(groups);
     outcome.steal = together.steal;
     outcome.others = Some(together.others);
     Ok(outcome)
@@ -187,6 +241,28 @@ fn write_cpuset(pid: u32, tid: i32, cpus: &CpuSet) -> io::Result<()> {
     fs::write(group.join(CPUS), cpus.to_string())
 }
 
+/// Takes the CPUs away from the pod, and gives them back. A group of version 1 cannot lose what those within it have: then nothing happens.
+fn shrink_and_grow(pod: &Group, wanted: &CpuSet, wrong: &CpuSet) -> io::Result<()> {
+    let file = pod.cpuset().join(CPUS);
+    fs::write(&file, wrong.to_string())?;
+    thread::sleep(AWAY);
+    fs::write(&file, (wanted | wrong).to_string())
+}
+
+/// Takes the CPU offline, where that is allowed, and brings it back, whatever happens.
+fn take_offline(cpus: &CpuSet) -> io::Result<()> {
+    const ALLOWED: &str = "ROTA_TEST_OFFLINE";
+    let cpu = cpus.iter().next().unwrap_or_default();
+    let switch = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+    if std::env::var_os(ALLOWED).is_none() {
+        let why = format!("others use this machine too: {ALLOWED} is not set");
+        return Err(io::Error::other(why));
+    }
+    fs::write(&switch, "0")?;
+    thread::sleep(AWAY);
+    fs::write(&switch, "1")
+}
+
 const CPUS: &str = "cpuset.cpus";
 
 /// The directory of a thread's group that has to do with cpusets: of the hierarchy of version 1 that has them, or of version 2.
@@ -207,12 +283,52 @@ fn cpuset_of(file: &Path) -> io::Result<PathBuf> {
 fn criteria(results: &Results) -> Vec<Criterion> {
     EVENTS
         .map(|(what, _)| {
-            let median = results.median(&format!("{what}, rota"), "wrong");
-            Criterion::number(
+            let (variant, words) = (
+                format!("{what}, rota"),
                 format!("{what}, rota: at most 50 ms, in the worst run"),
-                median.map(|median| median.most),
-                |ms| ms <= LIMIT_MS,
-            )
+            );
+            let median = results.median(&variant, "wrong");
+            match results.notes(&variant).first() {
+                Some(why) if median.is_none() => Criterion::not_here(words, why),
+                _ => {
+                    Criterion::number(words, median.map(|median| median.most), |ms| ms <= LIMIT_MS)
+                }
+            }
         })
         .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::protocol::Sample;
+
+    #[test]
+    fn what_cannot_be_done_here_says_why() {
+        let outcome = Outcome {
+            notes: vec!["the move is refused: others use this machine too".into()],
+            metrics: [("refused", 100.0)].into(),
+            ..Outcome::default()
+        };
+        let results = Results {
+            rounds: 1,
+            seconds: 1.0,
+            samples: vec![Sample {
+                variant: "offline, rota".into(),
+                round: 1,
+                discarded: false,
+                outcome,
+            }],
+            missing: BTreeMap::new(),
+        };
+        let lines: Vec<_> = criteria(&results).iter().map(Criterion::line).collect();
+        let offline = lines.iter().find(|line| line.contains("offline")).unwrap();
+        assert!(
+            offline.starts_with("none") && offline.ends_with("others use this machine too"),
+            "{offline}"
+        );
+        assert!(lines[0].starts_with("????"), "it was not run: {}", lines[0]);
+    }
 }

@@ -113,6 +113,9 @@ pub(crate) struct Criterion {
     pub(crate) met: Option<bool>,
 }
 
+/// A criterion that nothing here says anything about: what was to be measured cannot be done.
+const NOT_HERE: &str = "cannot be done here: ";
+
 impl Criterion {
     /// One about a number, which is not known if something was not run.
     pub(crate) fn number(
@@ -127,10 +130,20 @@ impl Criterion {
         }
     }
 
+    /// One that cannot be judged here, and why.
+    pub(crate) fn not_here(what: impl Into<String>, why: &str) -> Self {
+        Self {
+            what: what.into(),
+            measured: format!("{NOT_HERE}{why}"),
+            met: None,
+        }
+    }
+
     pub(crate) fn line(&self) -> String {
         let word = match self.met {
             Some(true) => "pass",
             Some(false) => "MISS",
+            None if self.measured.starts_with(NOT_HERE) => "none",
             None => "????",
         };
         format!("{word}  {}: {}", self.what, self.measured)

@@ -63,6 +63,13 @@ pub(crate) struct Group {
     threaded: bool,
 }
 
+impl Group {
+    /// Where its CPUs are written.
+    pub(crate) fn cpuset(&self) -> &Path {
+        self.cpuset.as_ref().unwrap_or(&self.cpu)
+    }
+}
+
 /// Where groups are made, and what has to be undone.
 pub(crate) struct Groups {
     at: Hierarchies,

@@ -25,7 +25,7 @@ use crate::{Result, clock, stats::quantile};
 
 pub(crate) use body::{Body, Work};
 pub(crate) use control::{Control, confine};
-pub(crate) use groups::{Groups, Limits, Shares};
+pub(crate) use groups::{Group, Groups, Limits, Shares};
 pub(crate) use parent::run;
 use throttle::Throttled;
 
