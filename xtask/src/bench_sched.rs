@@ -7,15 +7,13 @@ use std::process::Command;
 use crate::error::{Context, Error, Result};
 use crate::inside;
 use crate::kernel::Kernel;
-use crate::lab::Lab;
+use crate::lab::{Lab, OFFLINE};
 use crate::workspace::{Profile, Workspace};
 
 const PAGE: &str = "docs/src/explanation/sched-bench-lab.md";
 const IMAGES: &str = "docs/src/images/sched-lab";
 /// The last is below the target folder.
 const FIGURES: &str = "bench/sched-lab";
-/// Set where a CPU may go offline.
-const OFFLINE: &str = "ROTA_TEST_OFFLINE";
 
 /// Builds the benchmarks and runs them on this machine.
 pub(crate) fn here(workspace: &Workspace, options: &[String]) -> Result<i32> {

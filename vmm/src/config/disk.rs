@@ -368,6 +368,7 @@ mod tests {
         let long = "path=a,serial=123456789012345678901";
         assert!(check(&[long]).unwrap_err().contains("20 bytes"));
     }
+
     #[test]
     fn a_disk_has_one_source() {
         let check = |text: &str| {

@@ -46,6 +46,9 @@ pub(crate) fn modules_of(flavour: Flavour) -> &'static [&'static str] {
     }
 }
 
+/// The environment variable that is set where a CPU may go offline.
+pub(crate) const OFFLINE: &str = "ROTA_TEST_OFFLINE";
+
 /// One run in the lab.
 #[derive(Clone, Debug)]
 pub(crate) struct Lab {

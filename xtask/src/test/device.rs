@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::harness::{self, Counts, Outcome};
 use crate::error::{Context, Result};
+use crate::lab::OFFLINE;
 
 /// The programs that hold the conformance suite are named so.
 const CONFORMANCE: &str = "conformance";
@@ -28,7 +29,7 @@ const SCHEDULER: (&str, &[&str]) = (
 const WORLDS: [&[&str]; 2] = [&[], &["--scheduler", "core"]];
 
 /// How often a test that fails in the lab runs again, alone. The machine that QEMU 7.2 and 10.0 emulate now and then saves its own
-/// registers as those of the guest it has just left, about once in a hundred guests on a busy host; that guest then crashes, with the
+/// registers as those of the guest it has just left, on a busy host; that guest then crashes, with the
 /// address of the lab's `kvm_amd` as its instruction pointer or with a triple fault. What fails every time fails.
 const MORE_TRIES: usize = 2;
 
@@ -104,7 +105,7 @@ impl Suite<'_> {
                 }
                 let its = match SCHEDULER {
                     (scheduler, its) if name == scheduler => {
-                        command.env("ROTA_TEST_OFFLINE", "1");
+                        command.env(OFFLINE, "1");
                         its
                     }
                     _ => &[],
@@ -178,12 +179,16 @@ fn failed(output: &str) -> Vec<String> {
         .collect()
 }
 
-/// What came of a program when those of its tests that failed at `first` have run again.
+/// What came of a program when those of its tests that failed at `first` have run again. One that did not run then still fails.
 fn after(first: &Outcome, again: Outcome) -> Outcome {
     Outcome {
         counts: Counts {
             passed: first.counts.passed + again.counts.passed,
-            failed: again.counts.failed,
+            failed: first
+                .counts
+                .failed
+                .saturating_sub(again.counts.passed + again.counts.skipped)
+                .max(again.counts.failed),
             skipped: first.counts.skipped + again.counts.skipped,
         },
         reasons: first.reasons.iter().chain(&again.reasons).fold(
@@ -233,5 +238,10 @@ mod tests {
         assert_eq!((all.counts.passed, all.counts.failed), (4, 1));
         assert_eq!(all.reasons["why"], 2);
         assert_eq!(failed(&all.output), ["d"]);
+        let not_run = Outcome {
+            counts: Counts::default(),
+            ..outcome(0, 0, "")
+        };
+        assert_eq!(after(&first, not_run).counts.failed, 2);
     }
 }
