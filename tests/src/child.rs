@@ -392,6 +392,28 @@ impl Drop for Vmm {
     }
 }
 
+/// A process that serves a test, as long as it is needed.
+pub struct Background(Child);
+
+impl Background {
+    /// Starts `command`, which is not listened to; `None` where there is no such program.
+    #[must_use]
+    pub fn start(command: &mut Command) -> Option<Self> {
+        let command = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command.spawn().ok().map(Self)
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Adds `run` with a kernel, the initramfs and a command line on the first serial port.
 #[must_use]
 pub fn run(command: Command, kernel: &str, cmdline: &str) -> Command {

@@ -4,7 +4,7 @@
 use std::os::unix::thread::JoinHandleExt as _;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -67,6 +67,11 @@ extern "C" fn nothing(_signal: i32) {}
 
 impl Spinning {
     fn start(guest: Guest) -> Spinning {
+        Spinning::share(Arc::new(guest))
+    }
+
+    /// One that others use meanwhile.
+    fn share(guest: Arc<Guest>) -> Spinning {
         let end: &'static AtomicBool = Box::leak(Box::default());
         let thread = std::thread::spawn(move || {
             while !end.load(Ordering::Acquire) {
@@ -203,7 +208,7 @@ in_core_world! {
     /// has not.
     fn the_hypervisor_says_how_long_a_vp_ran(device, "--lps", "0") {
         const RUN_TIME: u32 = hv_register_name_HV_REGISTER_VP_RUNTIME;
-        let guest = std::sync::Arc::new(spinner(device));
+        let guest = Arc::new(spinner(device));
         let ns = || {
             let (outcome, values) = guest.vp.get_on(guest.partition.fd(), &[RUN_TIME]);
             assert_eq!(outcome.result, Ok(()));
@@ -211,21 +216,13 @@ in_core_world! {
             unsafe { values[0].reg64 * 100 }
         };
         assert_eq!(ns(), 0, "it has not run");
-        let end: &'static AtomicBool = Box::leak(Box::default());
-        let runner = std::thread::spawn({
-            let guest = guest.clone();
-            move || {
-                while !end.load(Ordering::Acquire) {
-                    let _ = guest.try_run();
-                }
-            }
-        });
+        let spinning = Spinning::share(Arc::clone(&guest));
         let vp = processors(1);
         let (begun, before) = (Instant::now(), ns());
         let [(run, _)] = shares(&vp, LOOKED_AT)[..] else { panic!("one VP") };
         let told = (ns() - before) as f64 / begun.elapsed().as_nanos() as f64;
         assert!(told > 0.05 && (told - run).abs() < 0.1 * run.max(0.2), "told {told:.3}, ran {run:.3}");
-        drop(Spinning { thread: Some(runner), end });
+        drop(spinning);
         let stopped = ns();
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(ns(), stopped, "it does not run");
@@ -278,16 +275,8 @@ in_core_world! {
 
     /// A change counts for a VP that runs already.
     fn a_cap_can_come_late(device, "--quantum-us", "4000") {
-        let guest = std::sync::Arc::new(spinner(device));
-        let end: &'static AtomicBool = Box::leak(Box::default());
-        let runner = std::thread::spawn({
-            let guest = guest.clone();
-            move || {
-                while !end.load(Ordering::Acquire) {
-                    let _ = guest.try_run();
-                }
-            }
-        });
+        let guest = Arc::new(spinner(device));
+        let spinning = Spinning::share(Arc::clone(&guest));
         let vp = processors(1);
         // On a busy machine it takes a while until it does.
         let mut looks = (0..25).map(|_| shares(&vp, Duration::from_millis(200))[0]);
@@ -296,8 +285,7 @@ in_core_world! {
         set(&guest, CAP, WHOLE / 10);
         let after = shares(&vp, LOOKED_AT)[0];
         assert!(after.0 < 0.15, "{before:?}, then {after:?}");
-        let stop = Spinning { thread: Some(runner), end };
-        drop(stop);
+        drop(spinning);
     }
 
     fn properties_out_of_range_are_refused(device,) {

@@ -6,12 +6,12 @@ use std::{
     net::TcpListener,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
-use rota_tests::child::{self, Vmm};
+use rota_tests::child::{self, Background, Vmm};
 use rota_tests::require;
 
 fn power_off(mut vmm: Vmm) {
@@ -180,28 +180,13 @@ fn a_panic_is_told() {
     vmm.wait_for("the guest's kernel has panicked");
 }
 
-/// virtiofsd, as long as it is needed.
-struct Virtiofsd(Child);
-
-impl Virtiofsd {
-    /// Serves `folder` at `socket`; `None` where there is no virtiofsd.
-    fn start(folder: &str, socket: &str) -> Option<Self> {
-        let mut command = Command::new("virtiofsd");
-        command
+/// virtiofsd, which serves `folder` at `socket`; `None` where there is none.
+fn virtiofsd(folder: &str, socket: &str) -> Option<Background> {
+    Background::start(
+        Command::new("virtiofsd")
             .arg(format!("--socket-path={socket}"))
-            .args(["-o", &format!("source={folder},sandbox=chroot,cache=none")])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        command.spawn().ok().map(Self)
-    }
-}
-
-impl Drop for Virtiofsd {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+            .args(["-o", &format!("source={folder},sandbox=chroot,cache=none")]),
+    )
 }
 
 #[test]
@@ -211,7 +196,7 @@ fn a_folder_of_the_host_is_mounted() {
     let (tree, socket) = (format!("{folder}/tree"), format!("{folder}/socket"));
     fs::create_dir_all(&tree).expect("a folder");
     fs::write(format!("{tree}/from-host"), "hello guest\n").expect("a file");
-    let started = Virtiofsd::start(&tree, &socket).ok_or("there is no virtiofsd".to_owned());
+    let started = virtiofsd(&tree, &socket).ok_or("there is no virtiofsd".to_owned());
     require!(&started);
     let mut vmm = Vmm::boot_with_drivers(&[
         "--memory",

@@ -4,14 +4,14 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
 };
 
 use imago::{
     FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Storage, StorageCreateOptions,
     file::File, qcow2::Qcow2,
 };
-use rota_tests::child::{self, Vmm};
+use rota_tests::child::{self, Background, Vmm};
 use rota_tests::require;
 
 const SIZE: usize = 8 << 20;
@@ -160,30 +160,17 @@ fn an_image_that_another_machine_writes_is_refused() {
     power_off(first);
 }
 
-/// QEMU's program that serves an image to other processes, as long as it is needed.
-struct StorageDaemon(Child);
-
-impl StorageDaemon {
-    /// Serves a raw image at `socket`; `None` where there is no such program.
-    fn start(image: &Path, socket: &Path) -> Option<Self> {
-        let mut command = Command::new("qemu-storage-daemon");
-        let (image, socket) = (image.display(), socket.display());
-        command
+/// QEMU's program that serves a raw image to other processes, at `socket`; `None` where there is none.
+fn storage_daemon(image: &Path, socket: &Path) -> Option<Background> {
+    let (image, socket) = (image.display(), socket.display());
+    Background::start(
+        Command::new("qemu-storage-daemon")
             .args(["--blockdev", &format!("driver=file,node-name=disk,filename={image}")])
             .arg("--export")
             .arg(format!(
                 "type=vhost-user-blk,id=export,addr.type=unix,addr.path={socket},node-name=disk,writable=on"
-            ))
-            .stdin(Stdio::null());
-        command.spawn().ok().map(Self)
-    }
-}
-
-impl Drop for StorageDaemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+            )),
+    )
 }
 
 #[test]
@@ -192,7 +179,7 @@ fn a_disk_that_another_process_serves() {
     let images = Images::new("served");
     images.raw("raw");
     let socket = images.path("socket");
-    let daemon = StorageDaemon::start(&images.path("raw"), &socket);
+    let daemon = storage_daemon(&images.path("raw"), &socket);
     let daemon = daemon.ok_or("there is no qemu-storage-daemon".to_owned());
     require!(&daemon);
     let mut vmm = Vmm::boot_with_drivers(&[
