@@ -35,6 +35,19 @@ pub(crate) fn run_ns(tid: i32) -> u64 {
         .unwrap_or(0)
 }
 
+/// The same of all threads of a name.
+pub(crate) fn run_ns_named(name: &str) -> u64 {
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten();
+    tasks
+        .flatten()
+        .filter(|task| {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        })
+        .filter_map(|task| task.file_name().to_str()?.parse().ok())
+        .map(run_ns)
+        .sum()
+}
+
 /// Sleeps until `ns` on the monotonic clock.
 pub(crate) fn sleep_until(ns: u64) {
     let time = libc::timespec {

@@ -1,4 +1,4 @@
-//! B13: what metering costs: a sample of 64 vCPUs a second, and a VP's exits.
+//! B13: what metering costs: a sample of 64 vCPUs a second, and a VP's exits; and what it costs to keep them where they should be.
 
 use std::{
     collections::BTreeMap,
@@ -13,8 +13,14 @@ use std::{
 
 use scheduler::{Meter, MeterOptions, SchedMode, VmMeter};
 
-use super::{Criterion, Experiment, Metric, Outcome, Plot, Settings, Variant, undisturbed};
-use crate::{Result, clock, protocol::Results};
+use super::{
+    Criterion, Experiment, Metric, Outcome, Plot, Settings, Variant, rota, undisturbed, vms,
+};
+use crate::{
+    Result, clock,
+    protocol::Results,
+    vm::{Body, VmSpec, Work},
+};
 
 const VCPUS: u32 = 64;
 const KINDS: &[&str] = &["port_write"];
@@ -24,6 +30,9 @@ const EXITS: u32 = 100_000;
 const LIMIT_PERCENT: f64 = 0.5;
 const PROMETHEUS: &str = "64 vCPUs, for Prometheus";
 const JSON: &str = "64 vCPUs, as JSON";
+const IN_PLACE: &str = "64 vCPUs, kept in place";
+/// Of the vCPUs.
+const WAKE_US: u32 = 20_000;
 
 pub(super) fn experiment(_settings: &Settings) -> Experiment {
     let metric = |key, label, unit| Metric { key, label, unit };
@@ -31,19 +40,21 @@ pub(super) fn experiment(_settings: &Settings) -> Experiment {
     let json = |sample: &VmMeter| Ok(sample.to_json()?);
     Experiment {
         id: "B13",
-        title: "what metering costs",
+        title: "what metering and looking after vCPUs cost",
         setting: format!(
             "{VCPUS} threads that wake 50 times a second, metered as vCPUs; CPU time of the thread that takes samples and writes them as \
-             text, once a second; and of an exit that is metered"
+             text, once a second; of an exit that is metered; and of the thread that keeps them where they should be"
         ),
         metrics: vec![
             metric("cost", "at one sample a second", "% of a CPU"),
             metric("sample", "a sample with its text", "µs"),
             metric("exit", "an exit", "ns"),
+            metric("place", "keeping them in place", "% of a CPU"),
         ],
         variants: vec![
             variant(PROMETHEUS, "Meter::sample and to_prometheus", prometheus),
             variant(JSON, "Meter::sample and to_json", json),
+            in_place(),
         ],
         criteria,
         plot: Plot::Bars("cost"),
@@ -56,6 +67,28 @@ fn variant(name: &str, how: &str, text: fn(&VmMeter) -> Result<String>) -> Varia
         how: how.into(),
         run: Box::new(move |settings| undisturbed(|| once(settings.time, text))),
     }
+}
+
+fn in_place() -> Variant {
+    let waker = Body::Waker {
+        period_us: WAKE_US,
+        work: Work { steps: 1 },
+    };
+    let vm = VmSpec {
+        name: "looked-after".into(),
+        vcpus: vec![waker; VCPUS as usize],
+        control: rota(format!("placement=shared,overcommit={VCPUS}")),
+    };
+    vms(
+        IN_PLACE,
+        "the reconcile loop",
+        PAUSE,
+        vec![vm],
+        |vms, seconds| {
+            let ns: u64 = vms.iter().map(|vm| vm.reconcile_ns).sum();
+            BTreeMap::from([("place", ns as f64 / 1e9 / seconds * 100.0)])
+        },
+    )
 }
 
 fn once(time: Duration, text: fn(&VmMeter) -> Result<String>) -> Result<Outcome> {
@@ -110,7 +143,7 @@ impl Vcpus {
                 vp.attach();
                 let _ = tell.send(());
                 while !end.load(Relaxed) {
-                    thread::sleep(Duration::from_millis(20));
+                    thread::sleep(Duration::from_micros(WAKE_US.into()));
                 }
             })?);
         }
@@ -129,11 +162,11 @@ impl Drop for Vcpus {
 }
 
 fn criteria(results: &Results) -> Vec<Criterion> {
-    [PROMETHEUS, JSON]
-        .map(|name| {
+    [(PROMETHEUS, "cost"), (JSON, "cost"), (IN_PLACE, "place")]
+        .map(|(name, metric)| {
             Criterion::number(
                 format!("{name}: < {LIMIT_PERCENT} % of a CPU"),
-                results.value(name, "cost"),
+                results.value(name, metric),
                 |percent| percent < LIMIT_PERCENT,
             )
         })

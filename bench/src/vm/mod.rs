@@ -49,6 +49,8 @@ pub(crate) struct VmResult {
     pub(crate) run_ns: Vec<u64>,
     /// Time of the whole process on CPUs.
     pub(crate) process_ns: u64,
+    /// Time of the thread that keeps Rota's plan true, if there is one.
+    pub(crate) reconcile_ns: u64,
     /// Latencies or durations in microseconds, at [`QUANTILES`]; empty if nothing of the kind was measured.
     pub(crate) curve: Vec<f64>,
     /// The same of those samples that were longer than half a millisecond.
@@ -154,6 +156,7 @@ struct Reading {
     progress: Vec<u64>,
     run_ns: Vec<u64>,
     process_ns: u64,
+    reconcile_ns: u64,
     throttled: Option<Throttled>,
 }
 
@@ -167,6 +170,7 @@ impl Reading {
                 .map(|tid| clock::run_ns(tid.0))
                 .collect(),
             process_ns: clock::process_ns(),
+            reconcile_ns: clock::run_ns_named("reconcile"),
             throttled: Throttled::read(threads.tids()),
         }
     }
@@ -182,6 +186,7 @@ impl Reading {
             progress: grown(&self.progress, &before.progress),
             run_ns: grown(&self.run_ns, &before.run_ns),
             process_ns: self.process_ns - before.process_ns,
+            reconcile_ns: self.reconcile_ns.saturating_sub(before.reconcile_ns),
             throttled: self
                 .throttled
                 .zip(before.throttled)
