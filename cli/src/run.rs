@@ -64,7 +64,8 @@ pub(crate) struct Run {
     devices: DeviceArguments,
     #[command(flatten)]
     scheduling: SchedulingArguments,
-    /// Listen for requests, as cloud-hypervisor's API has them, at a Unix socket: path=PATH or PATH
+    /// Listen for requests, as cloud-hypervisor's API has them, at a Unix socket: path=PATH or PATH, or fd=N
+    /// for one that is listened at already
     #[arg(long, value_name = "SOCKET")]
     api_socket: Option<ApiSocket>,
     /// Write a JSON report at the end: exits and ioctls by kind, times, memory, scheduler

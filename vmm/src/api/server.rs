@@ -5,7 +5,7 @@ use std::{
     fs::{self, File, Permissions},
     io,
     os::{
-        fd::AsFd,
+        fd::{AsFd, RawFd},
         unix::{
             fs::{FileTypeExt, PermissionsExt},
             net::UnixStream,
@@ -39,6 +39,7 @@ use super::{
     ApiSocket, Queue, Refusal,
     call::Call,
     queue::{self, Answer, Asker},
+    socket::inherited,
 };
 
 /// Connections at the same time. More wait until one of these ends.
@@ -63,6 +64,14 @@ pub enum ApiError {
         /// What the host said.
         source: io::Error,
     },
+    /// A socket that was handed over.
+    #[error("api-socket: cannot listen at the descriptor {fd}")]
+    Inherited {
+        /// Its number.
+        fd: RawFd,
+        /// What the host said.
+        source: io::Error,
+    },
     /// Somebody else listens there.
     #[error("api-socket: {0} is in use by another process")]
     InUse(PathBuf),
@@ -73,7 +82,8 @@ pub enum ApiError {
 
 /// The server, as long as it is kept. At its end the last answers go out, and the socket goes.
 pub(crate) struct Server {
-    path: PathBuf,
+    /// Of the socket, where it was made for this.
+    path: Option<PathBuf>,
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -81,17 +91,28 @@ pub(crate) struct Server {
 impl Server {
     /// Listens at `socket` from now on. What is asked for comes out of the queue.
     pub(crate) fn start(socket: &ApiSocket) -> Result<(Self, Queue), ApiError> {
-        let path = socket.path.clone();
         let runtime = runtime::Builder::new_current_thread()
             .enable_io()
             .enable_time()
             .build()
             .map_err(ApiError::Start)?;
-        remove_stale(&path)?;
-        let listener = listen(&runtime, &path).map_err(|source| ApiError::Listen {
-            path: path.clone(),
-            source,
-        })?;
+        let (listener, path) = match socket {
+            ApiSocket::Path(path) => {
+                remove_stale(path)?;
+                let listener = listen(&runtime, path).map_err(|source| ApiError::Listen {
+                    path: path.clone(),
+                    source,
+                })?;
+                (listener, Some(path.clone()))
+            }
+            ApiSocket::Fd(fd) => {
+                let _context = runtime.enter();
+                let listener = inherited(*fd)
+                    .and_then(UnixListener::from_std)
+                    .map_err(|source| ApiError::Inherited { fd: *fd, source })?;
+                (listener, None)
+            }
+        };
         let (asker, queue) = queue::queue().map_err(ApiError::Start)?;
         let (stop, stopping) = watch::channel(false);
         let thread = thread::Builder::new()
@@ -109,7 +130,9 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        if let Some(path) = &self.path {
+            let _ = fs::remove_file(path);
+        }
         let _ = self.stop.send(true);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

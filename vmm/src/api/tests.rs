@@ -2,7 +2,10 @@
 
 use std::{
     io::{Read, Write},
-    os::unix::{fs::PermissionsExt, net::UnixStream},
+    os::{
+        fd::AsRawFd,
+        unix::{fs::PermissionsExt, net::UnixStream},
+    },
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -16,7 +19,7 @@ use crate::state::State;
 struct Api {
     server: Option<Server>,
     queue: Queue,
-    socket: ApiSocket,
+    path: PathBuf,
     config: VmConfig,
 }
 
@@ -24,19 +27,22 @@ impl Api {
     fn start(test: &str) -> Self {
         let name = format!("rota-api-{test}-{}", std::process::id());
         let path = std::env::temp_dir().join(name);
-        let socket = ApiSocket { path };
-        let (server, queue) = Server::start(&socket).unwrap();
+        Self::start_at(&ApiSocket::Path(path.clone()), path)
+    }
+
+    fn start_at(socket: &ApiSocket, path: PathBuf) -> Self {
+        let (server, queue) = Server::start(socket).unwrap();
         let config = r#"{"payload":{"kernel":"vmlinuz"},"disks":[{"path":"a","id":"first"}]}"#;
         Self {
             server: Some(server),
             queue,
-            socket,
+            path,
             config: serde_json::from_str(config).unwrap(),
         }
     }
 
     fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.socket.path).unwrap();
+        let stream = UnixStream::connect(&self.path).unwrap();
         let patience = Some(Duration::from_secs(20));
         stream.set_read_timeout(patience).unwrap();
         stream
@@ -102,7 +108,7 @@ fn read_answer(stream: &mut UnixStream) -> (u16, String, String) {
 #[test]
 fn answers_are_what_clients_of_cloud_hypervisor_expect() {
     let mut api = Api::start("answers");
-    let mode = std::fs::metadata(&api.socket.path).unwrap().permissions();
+    let mode = std::fs::metadata(&api.path).unwrap().permissions();
     assert_eq!(mode.mode() & 0o777, 0o600);
     let (status, head, body) = api.ask(&request("GET", "vmm.ping", ""));
     assert_eq!(status, 200);
@@ -227,21 +233,21 @@ fn the_last_answer_goes_out_and_the_socket_goes() {
     api.server = None;
     assert!(begun.elapsed() < Duration::from_secs(5));
     assert_eq!(read_answer(&mut stream).0, 204);
-    assert!(!api.socket.path.exists());
+    assert!(!api.path.exists());
     drop(silent);
 }
 
 #[test]
 fn a_socket_that_nobody_listens_at_any_more_is_replaced() {
     let api = Api::start("stale");
-    let Err(error) = Server::start(&api.socket) else {
+    let Err(error) = Server::start(&ApiSocket::Path(api.path.clone())) else {
         panic!("two servers at one socket");
     };
     assert!(matches!(error, ApiError::InUse(_)));
-    let path: PathBuf = api.socket.path.with_extension("stale");
+    let path: PathBuf = api.path.with_extension("stale");
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists());
-    let socket = ApiSocket { path: path.clone() };
+    let socket = ApiSocket::Path(path.clone());
     drop(Server::start(&socket).unwrap());
     std::fs::write(&path, "precious").unwrap();
     assert!(matches!(
@@ -249,6 +255,17 @@ fn a_socket_that_nobody_listens_at_any_more_is_replaced() {
         Err(ApiError::Listen { .. })
     ));
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn a_socket_that_is_listened_at_already_is_taken_and_left() {
+    let path = std::env::temp_dir().join(format!("rota-api-handed-{}", std::process::id()));
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let mut api = Api::start_at(&ApiSocket::Fd(listener.as_raw_fd()), path.clone());
+    assert_eq!(api.call("GET", "vmm.ping", "").0, 200);
+    drop(api);
+    assert!(path.exists());
     std::fs::remove_file(path).unwrap();
 }
 
