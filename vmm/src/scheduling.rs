@@ -166,7 +166,8 @@ impl Scheduling {
         partition: &'a Partition,
         before: Option<VmMeter>,
     ) -> Result<Placed<'a>, SchedulingError> {
-        let plan = self.plan();
+        // Others may have changed it on making theirs.
+        let plan = &self.claim.current()?.unwrap_or_else(|| self.plan().clone());
         let meter = Meter::new(MeterOptions {
             before: before.map(Box::new),
             ..MeterOptions::new(

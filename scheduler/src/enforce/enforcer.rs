@@ -148,7 +148,11 @@ pub struct Enforcer<'a> {
 
 /// What the threads that look after a running VM share with its [`Enforcer`].
 pub(crate) struct Shared {
+    /// As it was when the plan was made.
+    host: Host,
     plan: Mutex<VmPlan>,
+    /// All threads of this process serve this VM.
+    whole_process: bool,
     linux: Mutex<Option<Linux>>,
     threads: Mutex<BTreeMap<Tid, Adopted>>,
     effects: Mutex<Vec<Effect>>,
@@ -168,7 +172,9 @@ impl<'a> Enforcer<'a> {
     /// Something is rejected, or, if the policy is strict, advisory. Then everything is as it was.
     pub fn prepare(host: &Host, plan: &VmPlan, options: &Options<'a>) -> Result<Self, Refused> {
         let shared = Shared {
+            host: host.clone(),
             plan: Mutex::new(plan.clone()),
+            whole_process: options.whole_process,
             linux: Mutex::new(None),
             threads: Mutex::default(),
             effects: Mutex::default(),
@@ -356,9 +362,12 @@ impl Shared {
 
     /// Says so if the kernel has given a thread other CPUs than it did when that was rehearsed.
     fn note_placed(&self, role: ThreadRole, controls: &ThreadControls, placed: Option<CpuSet>) {
-        if let (Some(wanted), Some(got)) = (&controls.cpus, placed)
-            && *wanted != got
-        {
+        let (Some(wanted), Some(got)) = (&controls.cpus, placed) else {
+            return;
+        };
+        if *wanted == got {
+            lock(&self.effects).retain(|effect| effect.control != name_of(role));
+        } else {
             self.set_effect(Effect {
                 control: name_of(role),
                 requested: format!("CPUs {wanted}"),
@@ -378,7 +387,32 @@ impl Shared {
             return Ok(());
         };
         let (group, controls) = settings(linux, role)?;
-        apply(tid, group, controls, role).map(|_| ())
+        let placed = apply(tid, group, controls, role)?;
+        self.note_placed(role, controls, placed);
+        Ok(())
+    }
+
+    /// Threads of this process that were not there yet, or not known, go where its helpers are. One that cannot be had is looked at
+    /// again the next time.
+    pub(crate) fn adopt_newcomers(&self) {
+        let linux = lock(&self.linux);
+        let (Some(linux), true) = (linux.as_ref(), self.whole_process) else {
+            return;
+        };
+        let mut threads = lock(&self.threads);
+        let first = Tid(std::process::id().cast_signed());
+        let before = threads.get(&first).and_then(|thread| thread.before.clone());
+        for tid in own_threads() {
+            // How it competes is its own affair: it may be there to be prompt.
+            if !threads.contains_key(&tid)
+                && linux.helper_group.add(tid).is_ok()
+                && linux.helpers.place(tid).is_ok()
+            {
+                let before = before.as_ref().map(|before| before.placed(tid));
+                let role = ThreadRole::Helper;
+                threads.insert(tid, Adopted { role, before });
+            }
+        }
     }
 
     /// Is every thread where it belongs? One system call a thread.
@@ -412,9 +446,27 @@ impl Shared {
             .unwrap_or(false)
     }
 
+    /// The host as it was when the plan was made.
+    pub(crate) fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// CPUs of a partition of this VM's own, which the groups above it have no more.
+    pub(crate) fn partition(&self) -> CpuSet {
+        self.with_linux(|linux| linux.partition())
+            .unwrap_or_default()
+    }
+
     /// Another plan for the same VM.
     pub(crate) fn replan(&self, plan: &VmPlan) {
         *lock(&self.plan) = plan.clone();
+        for effect in &mut *lock(&self.effects) {
+            match effect.control.as_str() {
+                "placement" => effect.requested = plan.placement_in_words(),
+                "helpers" => effect.requested = format!("CPUs {}", plan.helpers),
+                _ => {}
+            }
+        }
         let vcpus = plan.vcpus.iter().map(|vcpu| vcpu.cpus.clone()).collect();
         self.confine(vcpus, &plan.helpers);
     }

@@ -184,6 +184,24 @@ impl Linux {
         }
     }
 
+    /// CPUs of a partition of its own.
+    pub(super) fn partition(&self) -> CpuSet {
+        let cpusets = self
+            .vcpu_groups
+            .iter()
+            .filter_map(|group| group.cpuset.as_ref());
+        let parted = cpusets.filter(|cpuset| {
+            cpuset.hierarchy.version() == 2
+                && cgroup::read(&cpuset.path.join("cpuset.cpus.partition"))
+                    .is_ok_and(|kind| kind == "root" || kind == "isolated")
+        });
+        parted
+            .filter_map(|cpuset| {
+                read_cpus(&cpuset.path.join(cpuset.hierarchy.effective_cpus())).ok()
+            })
+            .fold(CpuSet::new(), |all, cpus| &all | &cpus)
+    }
+
     /// The directories of groups with cpusets of their own.
     pub(super) fn cpuset_groups(&self) -> Vec<PathBuf> {
         self.vcpu_groups

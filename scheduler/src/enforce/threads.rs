@@ -118,6 +118,15 @@ impl Before {
         })
     }
 
+    /// The same place for another thread, which keeps how it competes.
+    pub(super) fn placed(&self, tid: Tid) -> Self {
+        Self {
+            tid,
+            cpus: self.cpus.clone(),
+            attributes: sys::attributes(tid).unwrap_or(self.attributes),
+        }
+    }
+
     /// A thread that has ended needs nothing.
     pub(super) fn restore(&self) {
         let _ = sys::set_attributes(self.tid, &self.attributes);

@@ -66,6 +66,13 @@ pub(super) fn smt(smt: SmtIsolation) -> Option<String> {
     }
 }
 
+impl VmPlan {
+    /// Placement, and where each vCPU goes by it.
+    pub(crate) fn placement_in_words(&self) -> String {
+        placement(self)
+    }
+}
+
 /// Placement, and where each vCPU goes by it.
 pub(super) fn placement(plan: &VmPlan) -> String {
     let name = match &plan.request.policy.placement {

@@ -65,16 +65,7 @@ impl Ledger {
                     pid: entry.owner.pid,
                 });
             }
-            for adjusted in plan.adjusted {
-                let vm = &adjusted.request.vm;
-                if let Some(entry) = state
-                    .entries
-                    .iter_mut()
-                    .find(|entry| entry.plan.request.vm == *vm)
-                {
-                    entry.plan = adjusted;
-                }
-            }
+            adjust(state, plan.adjusted);
             state
                 .entries
                 .retain(|entry| entry.plan.request.vm != own.request.vm);
@@ -93,6 +84,16 @@ impl Ledger {
             },
             plan,
         })
+    }
+}
+
+/// Writes down what a plan makes of the plans of others.
+fn adjust(state: &mut LedgerState, adjusted: Vec<VmPlan>) {
+    for plan in adjusted {
+        let mut entries = state.entries.iter_mut();
+        if let Some(entry) = entries.find(|entry| entry.plan.request.vm == plan.request.vm) {
+            entry.plan = plan;
+        }
     }
 }
 
@@ -145,6 +146,27 @@ impl Entry {
             .into_iter()
             .find(|entry| self.is(entry))
             .map(|entry| entry.plan))
+    }
+
+    /// Plans this VM anew, with nobody else doing so at the same time, unless `plan` finds that there is no need. Was there?
+    pub(crate) fn replan(
+        &self,
+        plan: impl FnOnce(&LedgerState, &VmPlan) -> Option<Plan>,
+    ) -> Result<bool, LedgerError> {
+        self.ledger.update(|state| {
+            let own = state.entries.iter().position(|entry| self.is(entry));
+            let Some(index) = own else {
+                return Ok(false);
+            };
+            let Some(plan) = plan(state, &state.entries[index].plan) else {
+                return Ok(false);
+            };
+            adjust(state, plan.adjusted);
+            if let Some(own) = plan.vms.into_iter().next() {
+                state.entries[index].plan = own;
+            }
+            Ok(true)
+        })
     }
 
     /// Tells the others how this VM takes turns with them.

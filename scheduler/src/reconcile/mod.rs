@@ -8,6 +8,9 @@
 //!
 //! Who schedules at all is looked at every minute ([`ModeCheck`](crate::ModeCheck)): a plan for one world means nothing in the other.
 //!
+//! A VM that shares CPUs gets more of them when others leave them: its plan in the ledger grows with what there is to share. One with CPUs of
+//! its own keeps those.
+//!
 //! Whoever fights us wins for a while: after three corrections in ten seconds there are none for ten seconds, then for twenty, and
 //! so on, and the effect says that the placement is advisory.
 
@@ -15,6 +18,7 @@ pub(crate) mod events;
 mod remap;
 #[cfg(test)]
 mod tests;
+mod truce;
 mod watcher;
 
 pub use watcher::{OnLost, ReconcileEvent, ReconcileOptions, Reconciler};

@@ -16,10 +16,10 @@ use std::{
 
 use super::*;
 use crate::{
-    CpuSet, EnforceOptions, Enforcer, Evidence, Ledger, ModeCheck, Outcome, Owner, Plan, Says,
-    ThreadRole, Tid, VmPolicy,
+    CpuSet, EnforceOptions, Enforcer, Evidence, Host, Ledger, ModeCheck, Outcome, Owner, Plan,
+    Request, Says, SchedMode, ThreadRole, Tid, VmPolicy,
     enforce::tests::{Body, host, options, vm},
-    sys,
+    plan, sys,
 };
 
 fn bare() -> EnforceOptions<'static> {
@@ -93,6 +93,169 @@ fn a_thread_somebody_moves_is_moved_back_until_that_is_a_fight() {
             .to_string()
             .contains("another program")
     );
+}
+
+fn placement(enforcer: &Enforcer<'_>) -> Outcome {
+    let effects = enforcer.effects();
+    let placement = effects
+        .into_iter()
+        .find(|effect| effect.control == "placement");
+    placement.unwrap().outcome
+}
+
+/// Whoever fought us has stopped: after the truce the thread is put back once more, and the effect is what it was.
+#[test]
+fn after_a_truce_everything_is_as_it_was() {
+    let Some([first, second]) = two_cpus() else {
+        return;
+    };
+    let plan = vm("truce", 1, VmPolicy::default());
+    let enforcer = Enforcer::prepare(&host(), &plan, &bare()).unwrap();
+    let body = Body::start(false);
+    enforcer.adopt(ThreadRole::Vcpu(0), body.tid).unwrap();
+    let before = placement(&enforcer);
+    let options = ReconcileOptions {
+        truce: Duration::from_millis(200),
+        ..ReconcileOptions::default()
+    };
+    let (tell, told) = mpsc::channel();
+    let _reconciler = Reconciler::start(&enforcer, None, options, move |event| {
+        let _ = tell.send(event);
+    });
+    for _ in 0..3 {
+        sys::set_affinity(body.tid, &CpuSet::one(second)).unwrap();
+        let event = told.recv_timeout(SOON).unwrap();
+        assert!(
+            matches!(event, ReconcileEvent::Corrected { .. }),
+            "{event:?}"
+        );
+    }
+    let event = told.recv_timeout(SOON).unwrap();
+    assert!(matches!(event, ReconcileEvent::Truce { .. }), "{event:?}");
+    assert!(matches!(placement(&enforcer), Outcome::Advisory { .. }));
+    let begun = Instant::now();
+    while placement(&enforcer) != before {
+        assert!(begun.elapsed() < SOON, "it stays advisory");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(sys::affinity(body.tid).unwrap(), CpuSet::one(first));
+}
+
+/// A program that gives a VM's control group other CPUs fights as much as one that moves its threads.
+#[test]
+fn who_writes_to_our_cpuset_is_told_of_and_given_in_to_at_last() {
+    let Some([first, second]) = two_cpus() else {
+        return;
+    };
+    let mut plan = vm("regrouped", 1, VmPolicy::default());
+    plan.vcpus[0].exclusive = true;
+    plan.exclusive = plan.vcpus[0].cpus.clone();
+    let enforcer = Enforcer::prepare(&host(), &plan, &options()).unwrap();
+    let group = enforcer.shared().cpuset_groups().into_iter().next();
+    let Some(group) = group else {
+        rota_tests::requires::skip("no cpusets can be made here");
+        return;
+    };
+    let body = Body::start(false);
+    enforcer.adopt(ThreadRole::Vcpu(0), body.tid).unwrap();
+    let (_reconciler, told) = start(&enforcer);
+    let cpus = group.join("cpuset.cpus");
+    for _ in 0..3 {
+        fs::write(&cpus, second.to_string()).unwrap();
+        loop {
+            let (_, event) = told.recv_timeout(SOON).unwrap();
+            match event {
+                ReconcileEvent::Regrouped => break,
+                ReconcileEvent::Corrected { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        let begun = Instant::now();
+        while sys::affinity(body.tid).unwrap() != CpuSet::one(first) {
+            assert!(begun.elapsed() < SOON, "it is not put back");
+        }
+    }
+    while !matches!(
+        told.recv_timeout(SOON).unwrap().1,
+        ReconcileEvent::Truce { .. }
+    ) {}
+    fs::write(&cpus, second.to_string()).unwrap();
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(
+        fs::read_to_string(&cpus).unwrap().trim(),
+        second.to_string()
+    );
+}
+
+/// A VM on both CPUs, one that takes one of them for itself, and what becomes of the first when that goes.
+#[test]
+fn cpus_that_become_free_are_taken_up() {
+    let Some([first, second]) = two_cpus() else {
+        return;
+    };
+    let host = Host {
+        mode: SchedMode::Root,
+        ..Host::read().unwrap()
+    };
+    if host.usable().len() != 2 || !host.isolated.is_empty() {
+        rota_tests::requires::skip("a machine with exactly two CPUs is needed");
+        return;
+    }
+    let directory = env::temp_dir().join(format!("rota-grow-{}", std::process::id()));
+    let ledger = Ledger::open(Some(&directory.join("ledger.json"))).unwrap();
+    let owner = Owner::current("test").unwrap();
+    let claim = |name: &str, vcpus: u32, policy: &str| {
+        let request = Request {
+            vm: name.into(),
+            vcpus,
+            threads_per_core: 1,
+            memory_mib: 64,
+            policy: policy.parse().unwrap(),
+        };
+        ledger
+            .claim(owner.clone(), |state| plan(&host, state, &[request]))
+            .unwrap()
+    };
+    let own = claim("grows", 2, "placement=shared");
+    let newcomer = claim("newcomer", 1, "placement=dedicated");
+    // The plan as it was before the newcomer came.
+    let enforcer = Enforcer::prepare(&host, own.plan(), &bare()).unwrap();
+    let bodies = [Body::start(false), Body::start(false)];
+    for (vcpu, body) in (0..).zip(&bodies) {
+        enforcer.adopt(ThreadRole::Vcpu(vcpu), body.tid).unwrap();
+    }
+    let masks = || {
+        let masks = bodies
+            .each_ref()
+            .map(|body| sys::affinity(body.tid).unwrap());
+        let [one, other] = masks.each_ref();
+        (one == other, one | other)
+    };
+    let both: CpuSet = [first, second].into_iter().collect();
+    assert_eq!(masks(), (false, both.clone()));
+    let (reconciler, _told) = {
+        let (tell, told) = mpsc::channel();
+        let options = ReconcileOptions::default();
+        let reconciler = Reconciler::start(&enforcer, Some(&own), options, move |event| {
+            let _ = tell.send(event);
+        });
+        (reconciler.unwrap(), told)
+    };
+    let wait_for = |wanted: (bool, CpuSet)| {
+        let begun = Instant::now();
+        while masks() != wanted {
+            assert!(begun.elapsed() < SOON, "{:?}", masks());
+            thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let left = &both - &newcomer.plan().exclusive;
+    wait_for((true, left.clone()));
+    assert!(own.current().unwrap().unwrap().pool == left);
+    drop(newcomer);
+    wait_for((false, both));
+    assert!(enforcer.plan() == own.current().unwrap().unwrap());
+    drop(reconciler);
+    let _ = fs::remove_dir_all(directory);
 }
 
 /// The kernel's decision is another, and then the first one again: told each time, threads are put in their places again, and the
@@ -285,7 +448,11 @@ fn guest() {
         plan.vcpus[1].exclusive = true;
         plan.exclusive = plan.vcpus[1].cpus.clone();
     }
-    let enforcer = Enforcer::prepare(&host(), &plan, &options()).unwrap();
+    let options = EnforceOptions {
+        whole_process: true,
+        ..options()
+    };
+    let enforcer = Enforcer::prepare(&host(), &plan, &options).unwrap();
     let bodies = [Body::start(true), Body::start(true)];
     for (vcpu, body) in (0..).zip(&bodies) {
         enforcer.adopt(ThreadRole::Vcpu(vcpu), body.tid).unwrap();
@@ -294,14 +461,17 @@ fn guest() {
         println!("{} {event:?}", sys::monotonic_ns());
     })
     .unwrap();
+    // Another one that nobody adopts, and that goes its own way.
+    let newcomer = Body::start(false);
+    sys::set_affinity(newcomer.tid, &plan.vcpus[0].cpus).unwrap();
     println!("ready");
     while let Some(Ok(_)) = input.next() {
-        let masks: Vec<String> = bodies
-            .iter()
-            .map(|body| sys::affinity(body.tid).unwrap().to_string())
-            .collect();
-        println!("masks {}", masks.join(" "));
+        let mask = |body: &Body| sys::affinity(body.tid).unwrap().to_string();
+        println!("helper {}", mask(&newcomer));
+        println!("placement {:?}", placement(&enforcer));
+        println!("masks {}", bodies.each_ref().map(mask).join(" "));
     }
+    drop(newcomer);
     drop(reconciler);
     drop(bodies);
 }
@@ -399,6 +569,12 @@ impl Guest {
         }
     }
 
+    /// What the guest says of `what`.
+    fn says(&mut self, what: &str) -> String {
+        self.say();
+        self.wait_for(&format!("{what} "))
+    }
+
     /// Milliseconds from `since_ns` to the event `what`.
     fn ms_until(&self, what: &str, since_ns: u64) -> f64 {
         let line = self.wait_for(what);
@@ -430,10 +606,13 @@ fn a_cpuset_that_shrinks_and_grows_is_followed() {
         cpuset.set(&CpuSet::one(first));
         let shrunk = guest.ms_until("Available", begun);
         guest.wait_for_masks(&format!("masks {first} {first}"));
+        assert!(guest.says("placement").contains("Approximated"));
         let begun = sys::monotonic_ns();
         cpuset.set(&both);
         let grown = guest.ms_until("Available", begun);
         guest.wait_for_masks(&format!("masks {first} {second}"));
+        assert!(guest.says("placement").contains("Enforced"));
+        assert_eq!(guest.says("helper"), format!("helper {both}"));
         println!("followed after {shrunk:.1} ms, and back after {grown:.1} ms");
         assert!(shrunk < 50.0 && grown < 50.0);
     }

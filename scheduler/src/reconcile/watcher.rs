@@ -1,7 +1,6 @@
 //! The thread that keeps a plan true.
 
 use std::{
-    collections::VecDeque,
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -12,20 +11,16 @@ use std::{
 use super::{
     events::{CpuEvents, FileEvents, cpuset_files, effective_cpus_file},
     remap::{Place, remap},
+    truce::{CORRECTIONS, FIGHT, Truce},
 };
 use crate::{
-    Claim, CpuSet, Effect, Enforcer, ModeChange, ModeCheck, Outcome, Says, ThreadRole, Tid, VmPlan,
+    Claim, CpuSet, Effect, Enforcer, Host, LedgerState, ModeChange, ModeCheck, Outcome, Plan, Says,
+    SchedMode, ThreadRole, Tid, VmPlan,
     enforce::{Shared, read_cpus},
     ledger::Entry,
+    plan::plan,
     sys::{self, Attributes, StopSignal},
 };
-
-/// Corrections that somebody else may make necessary within [`FIGHT`].
-const CORRECTIONS: usize = 3;
-const FIGHT: Duration = Duration::from_secs(10);
-
-/// The longest truce.
-const LONGEST_TRUCE: Duration = Duration::from_secs(640);
 
 /// What becomes of a vCPU whose own CPU is lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +40,8 @@ pub struct ReconcileOptions {
     pub on_lost: OnLost,
     /// How often threads are looked at, since nobody tells when they are moved.
     pub look_every: Duration,
+    /// How long nobody is corrected after too many corrections; each time twice as long.
+    pub truce: Duration,
     /// Looks whether the same still schedules; where there is no device to ask, nobody does.
     pub mode: Option<ModeCheck>,
 }
@@ -54,6 +51,7 @@ impl Default for ReconcileOptions {
         Self {
             on_lost: OnLost::default(),
             look_every: Duration::from_millis(20),
+            truce: Duration::from_secs(10),
             mode: None,
         }
     }
@@ -75,9 +73,11 @@ pub enum ReconcileEvent {
         role: ThreadRole,
         /// Where it was.
         found: CpuSet,
-        /// Where it is now.
+        /// Where it is now: there still, if it could not be moved.
         now: CpuSet,
     },
+    /// Somebody had given our control groups other CPUs; they have theirs again.
+    Regrouped,
     /// A vCPU has lost the CPU that was its own.
     Lost {
         /// Its number.
@@ -94,7 +94,7 @@ pub enum ReconcileEvent {
         /// Its number.
         vcpu: u32,
     },
-    /// The plan is another now, because of what others planned.
+    /// The plan is another now: because of what others planned, or because there are more CPUs for it.
     Replanned,
     /// Who schedules VPs is another now, says a source. Everything that Linux can do has been done anew; if it is the hypervisor that
     /// schedules, that has no effect.
@@ -144,6 +144,7 @@ impl Reconciler {
             plan: shared.plan(),
             shared,
             entry: claim.map(|claim| claim.entry().clone()),
+            truce: Truce::new(options.truce),
             options,
             tell: Box::new(tell),
             stop: Arc::clone(&stop),
@@ -151,11 +152,15 @@ impl Reconciler {
             cpus: CpuEvents::new().ok(),
             effective: group.as_deref().and_then(effective_cpus_file),
             available: CpuSet::new(),
+            limited_to: None,
+            planned: None,
             lost: Vec::new(),
-            corrections: VecDeque::new(),
-            truce: Truce::default(),
         };
         watcher.available = watcher.read_available();
+        watcher.limited_to = Some(&watcher.shared.host().allowed)
+            .filter(|allowed| !watcher.available.is_subset(allowed))
+            .cloned();
+        watcher.planned = watcher.shared.effect(PLACEMENT);
         let thread = thread::Builder::new()
             .name("reconcile".into())
             .spawn(move || watcher.run())?;
@@ -172,6 +177,9 @@ impl Drop for Reconciler {
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
+
+/// The control that says where vCPUs are.
+const PLACEMENT: &str = "placement";
 
 /// Asks for the shortest slice, with which the kernel lets a thread that wakes go before vCPUs that never sleep. Needs no privilege;
 /// kernels before 6.12 take it and make nothing of it.
@@ -200,20 +208,24 @@ struct Watcher {
     effective: Option<PathBuf>,
     /// CPUs that can be had at all.
     available: CpuSet,
+    /// Those that this process was told to stay on when it was started, if there were others.
+    limited_to: Option<CpuSet>,
+    /// What became of the placement, as long as nothing is in its way.
+    planned: Option<Effect>,
     /// vCPUs without their own CPUs.
     lost: Vec<u32>,
-    /// When others made corrections necessary.
-    corrections: VecDeque<Instant>,
     truce: Truce,
 }
 
-/// When somebody else has won.
-#[derive(Default)]
-struct Truce {
-    until: Option<Instant>,
-    length: Duration,
-    /// The effect that does not hold meanwhile.
-    suspended: Option<Effect>,
+/// Why threads are looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Occasion {
+    /// It is time.
+    Routine,
+    /// Something has changed.
+    Told,
+    /// Our own plan has.
+    Replanned,
 }
 
 impl Watcher {
@@ -221,7 +233,20 @@ impl Watcher {
         become_prompt();
         let cpus = self.cpus.as_ref().map_or(-1, CpuEvents::fd);
         let fds = [self.stop.fd(), self.files.fd(), cpus];
+        // Since the plan was made it may have been changed.
+        let mut told = true;
         loop {
+            let mut occasion = match told {
+                true => Occasion::Told,
+                false => Occasion::Routine,
+            };
+            if told && (self.read_plan() | self.grow()) {
+                occasion = Occasion::Replanned;
+            }
+            if self.check_mode() {
+                occasion = Occasion::Told;
+            }
+            self.look(occasion);
             let look = self.shared.has_threads().then_some(self.options.look_every);
             let check = self.options.mode.as_ref().map(ModeCheck::due_in);
             let timeout = look.into_iter().chain(check).min();
@@ -231,16 +256,13 @@ impl Watcher {
             if ready[0] {
                 return;
             }
-            let mut changed = ready[1];
+            told = ready[1];
             if ready[1] {
                 self.files.drain();
-                self.read_plan();
             }
             if ready[2] {
-                changed |= self.cpus.as_ref().is_some_and(CpuEvents::drain);
+                told |= self.cpus.as_ref().is_some_and(CpuEvents::drain);
             }
-            changed |= self.check_mode();
-            self.look(changed);
         }
     }
 
@@ -250,7 +272,12 @@ impl Watcher {
             return false;
         };
         let planned = self.plan.mode;
-        let outcome = if (change.says == Says::Linux) == planned.linux_schedules() {
+        let as_planned = match planned {
+            SchedMode::Root | SchedMode::Integrated => change.says == Says::Linux,
+            SchedMode::Core | SchedMode::Classic => change.says == Says::Hypervisor,
+            SchedMode::Disputed | SchedMode::Unknown => false,
+        };
+        let outcome = if as_planned {
             Outcome::Enforced
         } else {
             Outcome::Advisory {
@@ -272,30 +299,76 @@ impl Watcher {
 
     fn read_available(&self) -> CpuSet {
         let online = || read_cpus(Path::new("/sys/devices/system/cpu/online"));
-        self.effective
+        let above = self
+            .effective
             .as_deref()
             .map_or_else(online, read_cpus)
-            .unwrap_or_default()
+            .unwrap_or_default();
+        // A partition takes its CPUs away from the groups above it.
+        &above | &self.shared.partition()
     }
 
-    /// Others may have changed our plan on making theirs.
-    fn read_plan(&mut self) {
+    /// Others may have changed our plan on making theirs. Is it another?
+    fn read_plan(&mut self) -> bool {
         let Some(Ok(Some(plan))) = self.entry.as_ref().map(Entry::plan) else {
-            return;
+            return false;
         };
-        if plan != self.plan {
-            self.plan = plan;
-            self.shared.replan(&self.plan);
-            (self.tell)(ReconcileEvent::Replanned);
+        if plan == self.plan {
+            return false;
         }
+        self.plan = plan;
+        self.shared.replan(&self.plan);
+        let planned = self.shared.effect(PLACEMENT).zip(self.planned.take());
+        self.planned = planned.map(|(now, before)| Effect {
+            requested: now.requested,
+            ..before
+        });
+        (self.tell)(ReconcileEvent::Replanned);
+        true
     }
 
-    /// Compares what is with what should be. `certain`: something has changed, so every thread is told again what it should be.
-    fn look(&mut self, certain: bool) {
+    /// A VM that shares CPUs takes up those that have become free since it was planned, because another VM has ended or the cpuset has
+    /// grown. Has it?
+    fn grow(&mut self) -> bool {
+        let Some(entry) = self
+            .entry
+            .as_ref()
+            .filter(|_| self.plan.exclusive.is_empty())
+        else {
+            return false;
+        };
+        let available = self.read_available();
+        if (&available - &self.taken()).is_subset(&self.plan.pool) {
+            return false;
+        }
+        let Ok(mut host) = self.shared.host().reread() else {
+            return false;
+        };
+        host.allowed = match &self.limited_to {
+            Some(allowed) => &available & allowed,
+            None => available,
+        };
+        let Ok(state) = entry.ledger().read() else {
+            return false;
+        };
+        if grown(&host, &state, &self.plan).is_none() {
+            return false;
+        }
+        // Again, with nobody else doing so at the same time.
+        let grown = entry.replan(|state, own| grown(&host, state, own));
+        grown.is_ok_and(|grown| grown) && self.read_plan()
+    }
+
+    /// Compares what is with what should be; on an occasion that is not routine every thread is told again what it should be.
+    fn look(&mut self, occasion: Occasion) {
         if !self.shared.places_threads() {
             return;
         }
-        if !certain && self.shared.is_in_place() {
+        let peace = self.truce.end_at(Instant::now());
+        if occasion == Occasion::Routine
+            && !peace
+            && (self.truce.holds() || self.shared.is_in_place())
+        {
             return;
         }
         let available = self.read_available();
@@ -307,6 +380,13 @@ impl Watcher {
                 now: available.clone(),
             });
         }
+        let own_doing = moved_by_kernel || occasion == Occasion::Replanned;
+        if self.truce.holds() && !own_doing {
+            return;
+        }
+        if occasion != Occasion::Routine {
+            self.shared.adopt_newcomers();
+        }
         let places = remap(&self.plan.vcpus, &available, &self.taken());
         self.note_lost(&places);
         let helpers = match &self.plan.helpers & &available {
@@ -317,24 +397,27 @@ impl Watcher {
             places.iter().map(|place| place.cpus.clone()).collect(),
             &helpers,
         );
-        let own_doing = moved_by_kernel || regrouped;
-        let mut corrected = false;
+        if regrouped && !own_doing {
+            (self.tell)(ReconcileEvent::Regrouped);
+        }
+        let mut corrected = regrouped;
         for (tid, role) in self.shared.threads() {
             let cpus = match role {
                 ThreadRole::Helper => Some(&helpers),
                 ThreadRole::Vcpu(vcpu) => places.get(vcpu as usize).map(|place| &place.cpus),
             };
             if let Some(cpus) = cpus.filter(|cpus| !cpus.is_empty()) {
-                corrected |= self.correct(tid, role, cpus, own_doing);
+                corrected |= self.correct(tid, role, cpus);
             }
         }
         if corrected && !own_doing {
             self.count_correction();
         }
+        self.show_placement(&places);
     }
 
     /// Puts one thread where it should be, if it is not. Was it somewhere else?
-    fn correct(&mut self, tid: Tid, role: ThreadRole, cpus: &CpuSet, own_doing: bool) -> bool {
+    fn correct(&mut self, tid: Tid, role: ThreadRole, cpus: &CpuSet) -> bool {
         let found = match sys::affinity(tid) {
             Ok(found) => found,
             Err(error) => {
@@ -344,16 +427,43 @@ impl Watcher {
                 return false;
             }
         };
-        if found == *cpus || !own_doing && self.truce_holds() {
+        if found == *cpus {
             return false;
         }
         let now = match self.shared.move_thread(role, tid) {
             Ok(()) => sys::affinity(tid).unwrap_or_default(),
             Err(_) => found.clone(),
         };
-        let right = now == *cpus;
         (self.tell)(ReconcileEvent::Corrected { role, found, now });
-        right
+        true
+    }
+
+    /// Says where vCPUs are if that is not where they were planned, and that they are when they are again.
+    fn show_placement(&self, places: &[Place]) {
+        let Some(planned) = self.planned.clone().filter(|_| !self.truce.holds()) else {
+            return;
+        };
+        let mut now = self.plan.clone();
+        for (vcpu, place) in now.vcpus.iter_mut().zip(places) {
+            vcpu.cpus.clone_from(&place.cpus);
+        }
+        let as_planned = now.vcpus == self.plan.vcpus;
+        let outcome = match planned.outcome {
+            Outcome::Enforced | Outcome::Approximated { .. } if !as_planned => {
+                let gone = |vcpu: &crate::VcpuPlan| &vcpu.cpus - &self.available;
+                let gone = self.plan.vcpus.iter().map(gone);
+                Outcome::Approximated {
+                    requested: planned.requested.clone(),
+                    effective: now.placement_in_words(),
+                    why: format!(
+                        "CPUs {} are offline, or outside the cpuset",
+                        gone.fold(CpuSet::new(), |all, some| &all | &some)
+                    ),
+                }
+            }
+            outcome => outcome,
+        };
+        self.shared.set_effect(Effect { outcome, ..planned });
     }
 
     /// CPUs that are others' own.
@@ -391,50 +501,31 @@ impl Watcher {
         }
     }
 
-    fn truce_holds(&mut self) -> bool {
-        match self.truce.until {
-            Some(until) if Instant::now() < until => true,
-            Some(_) => {
-                self.truce.until = None;
-                if let Some(effect) = self.truce.suspended.take() {
-                    self.shared.set_effect(effect);
-                }
-                false
-            }
-            None => false,
-        }
-    }
-
     fn count_correction(&mut self) {
-        let now = Instant::now();
-        while self
-            .corrections
-            .front()
-            .is_some_and(|then| now - *then > FIGHT)
-        {
-            self.corrections.pop_front();
-        }
-        self.corrections.push_back(now);
-        if self.corrections.len() < CORRECTIONS {
+        let Some(length) = self.truce.count(Instant::now()) else {
             return;
-        }
-        self.corrections.clear();
-        self.truce.length = (self.truce.length * 2).clamp(FIGHT, LONGEST_TRUCE);
-        self.truce.until = Some(now + self.truce.length);
-        self.truce.suspended = self.shared.effect("placement");
+        };
         self.shared.set_effect(Effect {
-            control: "placement".into(),
+            control: PLACEMENT.into(),
             requested: "as planned".into(),
             outcome: Outcome::Advisory {
                 why: format!(
                     "another program keeps moving these threads: {CORRECTIONS} corrections in {} s, none for {} s now",
                     FIGHT.as_secs(),
-                    self.truce.length.as_secs()
+                    length.as_secs()
                 ),
             },
         });
-        (self.tell)(ReconcileEvent::Truce {
-            length: self.truce.length,
-        });
+        (self.tell)(ReconcileEvent::Truce { length });
     }
+}
+
+/// What a VM that shares CPUs would be planned as now, if there were more CPUs for it to share.
+fn grown(host: &Host, state: &LedgerState, own: &VmPlan) -> Option<Plan> {
+    let new = plan(host, state, std::slice::from_ref(&own.request)).ok()?;
+    let [vm] = new.vms.as_slice() else {
+        return None;
+    };
+    let more = own.pool.is_subset(&vm.pool) && own.pool != vm.pool;
+    (more && !own.pool.is_empty()).then_some(new)
 }
