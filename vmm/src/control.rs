@@ -203,6 +203,7 @@ pub fn run(
         report.metering = placed.as_ref().map(Placed::sample);
         let clean = vm.stop();
         report.effects = placed.as_ref().map(Placed::effects);
+        report.plan = placed.as_ref().map(Placed::plan);
         drop(placed);
         report.add_boot(&vm);
         drop(vm);

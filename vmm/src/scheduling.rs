@@ -258,6 +258,12 @@ impl Placed<'_> {
         self.meter.sample_with(self.partition)
     }
 
+    /// The plan, as it is now.
+    #[must_use]
+    pub fn plan(&self) -> VmPlan {
+        self.enforcer.plan()
+    }
+
     /// What became of each request, as things stand now.
     #[must_use]
     pub fn effects(&self) -> Vec<Effect> {

@@ -14,7 +14,9 @@ use super::{
     tests::{Body, host, ours, places_here, vm},
     *,
 };
-use crate::{Cap, Deadline, Gang, Owner, Slice, VmPlan, VmPolicy, sys};
+use crate::{
+    Cap, Deadline, Gang, Owner, ReconcileOptions, Reconciler, Slice, VmPlan, VmPolicy, sys,
+};
 
 /// Not a test: `ROTA_ENFORCE` says what to do. Says `ready` when that is done, and ends with its input.
 #[test]
@@ -69,9 +71,18 @@ fn child() {
     for effect in enforcer.effects() {
         println!("{}: {}", effect.control, effect.outcome);
     }
+    let care = (what == "deadline").then(|| {
+        let options = ReconcileOptions::default();
+        let tell = |event| println!("event: {event:?}");
+        let care = Reconciler::start(&enforcer, None, options, tell).unwrap();
+        // It looks at once.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        care
+    });
     println!("ready");
     std::io::stdout().flush().unwrap();
     let _ = std::io::stdin().lines().next();
+    drop(care);
     drop(enforcer);
     println!("released");
 }
@@ -427,6 +438,12 @@ mod version_2 {
         println!("{:?}", process.said);
         assert!(
             process.line("deadline").ends_with("enforced"),
+            "{:?}",
+            process.said
+        );
+        // The partition has taken the CPU away from the group above, and not from the VM.
+        assert!(
+            !process.said.iter().any(|line| line.starts_with("event: ")),
             "{:?}",
             process.said
         );
