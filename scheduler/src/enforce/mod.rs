@@ -20,6 +20,7 @@ mod places;
 #[cfg(test)]
 mod process_tests;
 mod rehearse;
+mod smt;
 #[cfg(test)]
 pub(crate) mod tests;
 mod threads;

@@ -12,7 +12,7 @@ use super::{
     threads::{Before, Class, ThreadControls, nice_for},
     words,
 };
-use crate::{Cap, CpuSet, Host, Slice, SmtIsolation, Tid, VmPlan, gang::lever::LeverKind, sys};
+use crate::{Cap, CpuSet, Host, Slice, Tid, VmPlan, gang::lever::LeverKind};
 
 impl Linux {
     /// Rehearses where each vCPU goes.
@@ -225,61 +225,6 @@ impl Linux {
         }
     }
 
-    pub(super) fn try_smt(&mut self, host: &Host, plan: &VmPlan) -> Outcome {
-        let wanted = plan.request.policy.smt;
-        let siblings = |cpu: u32| -> CpuSet {
-            let core = host.cpu(cpu).map(|cpu| cpu.core);
-            host.cpus
-                .iter()
-                .filter(|other| Some(other.core) == core && host.online.contains(other.id))
-                .map(|other| other.id)
-                .collect()
-        };
-        let alone = plan.vcpus.iter().all(|vcpu| {
-            let core = vcpu
-                .cpus
-                .iter()
-                .fold(CpuSet::new(), |all, cpu| &all | &siblings(cpu));
-            match wanted {
-                SmtIsolation::Vcpu => {
-                    core.len() == vcpu.cpus.len()
-                        || core.is_subset(&plan.exclusive)
-                            && plan.vcpus.iter().all(|other| {
-                                other.vcpu == vcpu.vcpu || other.cpus.is_disjoint(&core)
-                            })
-                }
-                _ => core.len() == vcpu.cpus.len() || core.is_subset(&plan.exclusive),
-            }
-        });
-        if alone {
-            return Outcome::Enforced;
-        }
-        let tried = on_a_thread(|me| {
-            sys::create_core_cookie(me)?;
-            sys::core_cookie(me)
-        });
-        match tried {
-            Ok(cookie) if cookie != 0 => {
-                self.cookies = wanted;
-                Outcome::Enforced
-            }
-            Ok(_) => Outcome::Advisory {
-                why: "the kernel took a core-scheduling cookie and reads back none".into(),
-            },
-            Err(error) => Outcome::Advisory {
-                why: match error.raw_os_error() {
-                    Some(libc::EINVAL) => {
-                        "this kernel has no core scheduling, and these are no whole cores: ask for \
-                                           placement=dedicated,cores=whole"
-                            .into()
-                    }
-                    Some(libc::ENODEV) => "hardware threads are off on this host".into(),
-                    _ => format!("the kernel does not take it: {error}"),
-                },
-            },
-        }
-    }
-
     /// Finds a lever that works. Demotion is noticed at the next tick, so turns of a few ticks are not what they say.
     pub(super) fn try_lever(&mut self, host: &Host, quantum_us: u32) -> Outcome {
         if !matches!(self.vcpus.first(), Some(controls) if controls.class == Class::Fair) {
@@ -372,7 +317,9 @@ fn within_one_percent(requested: f64, effective: f64) -> Outcome {
 }
 
 /// Runs `rehearsal` on a thread that is nobody's, and ends.
-fn on_a_thread<T: Send>(rehearsal: impl FnOnce(Tid) -> io::Result<T> + Send) -> io::Result<T> {
+pub(super) fn on_a_thread<T: Send>(
+    rehearsal: impl FnOnce(Tid) -> io::Result<T> + Send,
+) -> io::Result<T> {
     thread::scope(|scope| {
         scope
             .spawn(|| rehearsal(Tid::current()))
