@@ -351,24 +351,41 @@ fn deadlines_have_the_whole_domain_or_a_partition() {
 fn where_the_hypervisor_schedules_nothing_is_promised() {
     let mut host = host(false, 4, 1);
     host.mode = SchedMode::Core;
-    let plan = one(
-        &host,
-        &[],
-        &request("a", 2, "placement=dedicated,slice=latency"),
-    );
+    let plan = one(&host, &[], &request("a", 2, "weight=200,slice=default"));
     assert_eq!(sets(&plan), ["0-3", "0-3"]);
     assert!(plan.exclusive.is_empty());
-    assert!(
-        plan.notes[0].contains("placement, slice"),
-        "{:?}",
-        plan.notes
-    );
-    let why = refused(
-        &host,
-        &[],
-        &request("a", 2, "placement=dedicated,strict=on"),
-    );
-    assert_eq!(why.reasons[0].constraint, Constraint::Mode);
+}
+
+#[test]
+fn where_the_hypervisor_schedules_what_only_linux_can_do_is_refused() {
+    let mut host = host(false, 4, 1);
+    for mode in [SchedMode::Core, SchedMode::Classic] {
+        host.mode = mode;
+        for key in [
+            "placement=dedicated",
+            "placement=map,map=[0@[3]]",
+            "slice=1ms",
+            "rotate=20ms",
+            "gang=soft:20ms",
+            "deadline=2ms/10ms",
+            "rt=1",
+        ] {
+            for strict in ["", ",strict=on"] {
+                let wish = request("a", 4, &format!("{key},weight=200{strict}"));
+                let why = refused(&host, &[], &wish);
+                let [reason] = &why.reasons[..] else {
+                    panic!("{why}")
+                };
+                assert_eq!(reason.constraint, Constraint::Mode, "{why}");
+                let asked = key.split(',').next().expect("a key");
+                assert!(reason.detail.contains(asked), "{why}");
+                let nearest = why.nearest.expect("without it").request;
+                let without = format!("weight=200{strict}");
+                assert_eq!(nearest.policy, without.parse().expect("a policy"));
+                one(&host, &[], &nearest);
+            }
+        }
+    }
 }
 
 #[test]

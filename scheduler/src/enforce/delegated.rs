@@ -106,14 +106,14 @@ pub(super) fn delegate(
             },
         );
     }
-    for (control, requested) in super::words::linux_only(plan) {
+    for (control, requested) in policy.for_linux() {
         to.push(
             control,
             requested,
             Outcome::Rejected {
-                why:
-                    "the hypervisor schedules VPs here, and takes no such control from this machine"
-                        .into(),
+                why: "the hypervisor schedules VPs here, and takes no such control from this machine: do without it; weight, \
+                      cap, reserve and smt it takes"
+                    .into(),
             },
         );
     }

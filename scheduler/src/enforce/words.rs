@@ -111,31 +111,6 @@ fn places(plan: &VmPlan) -> String {
     words.join(", ")
 }
 
-/// What of a plan only Linux can do: control and request.
-pub(super) fn linux_only(plan: &VmPlan) -> Vec<(&'static str, String)> {
-    let policy = &plan.request.policy;
-    let mut controls = Vec::new();
-    if policy.placement != Placement::Shared {
-        controls.push(("placement", placement(plan)));
-    }
-    if let Some(wanted) = policy.slice.filter(|slice| *slice != Slice::Default) {
-        controls.push(("slice", slice(wanted)));
-    }
-    if let Some(us) = policy.rotate_us {
-        controls.push(("rotate", format!("turns of {}", micros(us.into()))));
-    }
-    if let Some(gang) = gang(policy.gang) {
-        controls.push(("gang", gang));
-    }
-    if let Some(wanted) = policy.deadline {
-        controls.push(("deadline", deadline(&wanted)));
-    }
-    if let Some(priority) = policy.rt {
-        controls.push(("rt", format!("priority {priority}")));
-    }
-    controls
-}
-
 /// A deadline.
 pub(super) fn deadline(deadline: &crate::Deadline) -> String {
     format!(

@@ -1,14 +1,15 @@
 //! What each placement means on a host: the set of every vCPU, each with its reason.
 
 use super::{
-    dedicated, notes, numa,
+    dedicated, numa,
     pinned::{self, Shape},
     refusal::{Refusal, crowd, load, nothing_left, reachable, too_few},
     shared::{self, Crowded},
     space::{Space, Vcpu},
 };
 use crate::{
-    Constraint, Cores, CpuSet, Helpers, Placement, Request, VcpuPlan, VmPlan, policy::PROMISE_MILLI,
+    Constraint, Cores, CpuSet, Helpers, Placement, Request, SchedMode, VcpuPlan, VmPlan, VmPolicy,
+    policy::PROMISE_MILLI,
 };
 
 /// A place in the making.
@@ -453,10 +454,29 @@ fn own(
     })
 }
 
+/// Does `policy` leave to the hypervisor what only Linux could do, where it is the hypervisor that schedules VPs?
+pub(super) fn had_here(mode: SchedMode, policy: &VmPolicy) -> Result<(), Refusal> {
+    let asked = policy.for_linux();
+    if !mode.hypervisor_schedules() || asked.is_empty() {
+        return Ok(());
+    }
+    let asked: Vec<String> = asked
+        .into_iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
+    Err((
+        Constraint::Mode,
+        format!(
+            "the hypervisor schedules the VPs here ({mode}), and {} would be told to threads that only wait: what it takes is \
+             weight, cap, reserve and smt",
+            asked.join(", ")
+        ),
+    ))
+}
+
 /// Where the hypervisor places VPs: every thread anywhere, and nothing promised that is not ours to give.
 fn everywhere(space: &Space<'_>, request: &Request) -> Result<Layout, Refusal> {
-    notes::without_effect(space.host.mode, &request.policy)
-        .map_err(|why| (Constraint::Mode, why))?;
+    had_here(space.host.mode, &request.policy)?;
     let pool = space.pool().clone();
     if pool.is_empty() {
         return Err((Constraint::Pool, nothing_left(space)));

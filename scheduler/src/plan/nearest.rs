@@ -212,7 +212,7 @@ fn less(
                 policy.helpers = Helpers::Auto;
             }
         }
-        Constraint::Mode => policy.strict = false,
+        Constraint::Mode => *policy = policy.without_linux(),
         Constraint::Name => return None,
     }
     (request != trial[index]).then_some(request)

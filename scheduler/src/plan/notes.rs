@@ -1,9 +1,7 @@
 //! What is not wrong with a plan and still worth knowing.
 
 use super::{layout::width, place::whole_cores, space::Space};
-use crate::{
-    Binding, Host, Placement, SchedMode, Slice, SmtIsolation, VmPlan, VmPolicy, policy::Time,
-};
+use crate::{Binding, Host, Placement, Slice, SmtIsolation, VmPlan, policy::Time};
 
 /// How the note begins that a VM was left where it was for want of a better place.
 const STAYS: &str = "stays where it was";
@@ -12,13 +10,6 @@ const STAYS: &str = "stays where it was";
 pub(super) fn write(space: &Space<'_>, plan: &mut VmPlan) {
     let host = space.host;
     let mut notes = Vec::new();
-    if let Ok(keys) = without_effect(host.mode, &plan.request.policy)
-        && !keys.is_empty()
-    {
-        notes.push(format!(
-            "the hypervisor schedules the VPs here: no effect of {keys}"
-        ));
-    }
     placement(host, plan, &mut notes);
     if plan.threads_per_core < plan.request.threads_per_core {
         notes.push(format!(
@@ -95,32 +86,6 @@ fn time(host: &Host, plan: &VmPlan, notes: &mut Vec<String>) {
             ));
         }
     }
-}
-
-/// The keys of `policy` that nothing makes so where the hypervisor schedules VPs; `Err` if it is strict about them.
-pub(super) fn without_effect(mode: SchedMode, policy: &VmPolicy) -> Result<String, String> {
-    if !mode.hypervisor_schedules() {
-        return Ok(String::new());
-    }
-    let asked = [
-        (policy.placement != Placement::Shared, "placement"),
-        (policy.slice.is_some(), "slice"),
-        (policy.rotate_us.is_some(), "rotate"),
-        (!policy.gang.is_off(), "gang"),
-        (policy.deadline.is_some(), "deadline"),
-        (policy.rt.is_some(), "rt"),
-    ];
-    let keys: Vec<&str> = asked
-        .into_iter()
-        .filter_map(|(asked, key)| asked.then_some(key))
-        .collect();
-    let keys = keys.join(", ");
-    if policy.strict && !keys.is_empty() {
-        return Err(format!(
-            "the hypervisor schedules the VPs here: {keys} cannot be had; strict=off goes on without"
-        ));
-    }
-    Ok(keys)
 }
 
 /// Says that `plan` is kept for want of a better one.

@@ -1,7 +1,7 @@
 //! One VM's place: what it had if that is still good, else what its placement gives it.
 
 use super::{
-    layout::{self, Layout, deadline_fits, width},
+    layout::{self, Layout, deadline_fits, had_here, width},
     notes,
     refusal::reachable,
     space::Space,
@@ -66,7 +66,7 @@ fn still_good(space: &mut Space<'_>, request: &Request, plan: &VmPlan) -> Option
     if !policy.gang.is_off() && width(&plan.vcpus) < request.vcpus {
         return None;
     }
-    notes::without_effect(space.host.mode, policy).ok()?;
+    had_here(space.host.mode, policy).ok()?;
     if let Helpers::Set(cpus) = &policy.helpers {
         reachable(space, cpus, "helpers").ok()?;
     }

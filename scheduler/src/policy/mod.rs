@@ -192,6 +192,47 @@ impl VmPolicy {
     pub const OVERCOMMIT_MILLI: u32 = 4000;
 }
 
+impl VmPolicy {
+    /// The keys that only Linux can carry out, and so only where it is Linux that schedules VPs, with their values.
+    pub(crate) fn for_linux(&self) -> Vec<(&'static str, String)> {
+        let mut keys = Vec::new();
+        if self.placement != Placement::Shared {
+            let placement = self.placement.to_string();
+            let value = placement.trim_start_matches("placement=");
+            keys.push(("placement", value.to_owned()));
+        }
+        if let Some(slice) = self.slice.filter(|slice| *slice != Slice::Default) {
+            keys.push(("slice", slice.to_string()));
+        }
+        if let Some(us) = self.rotate_us {
+            keys.push(("rotate", Time(us.into()).to_string()));
+        }
+        if !self.gang.is_off() {
+            keys.push(("gang", self.gang.to_string()));
+        }
+        if let Some(deadline) = self.deadline {
+            keys.push(("deadline", deadline.to_string()));
+        }
+        if let Some(priority) = self.rt {
+            keys.push(("rt", priority.to_string()));
+        }
+        keys
+    }
+
+    /// The same without what only Linux can carry out.
+    pub(crate) fn without_linux(&self) -> Self {
+        Self {
+            placement: Placement::Shared,
+            slice: None,
+            rotate_us: None,
+            gang: Gang::Off,
+            deadline: None,
+            rt: None,
+            ..self.clone()
+        }
+    }
+}
+
 impl Placement {
     /// Does a map name CPUs for `vcpu`?
     #[must_use]
