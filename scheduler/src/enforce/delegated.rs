@@ -10,7 +10,7 @@ use mshv_bindings::{
 };
 
 use super::{Effect, Outcome};
-use crate::{Helpers, SmtIsolation, VmPlan};
+use crate::{SmtIsolation, VmPlan, VmPolicy};
 
 /// The partition of a VM, as far as its properties go. The VMM implements it with its partition's descriptor.
 pub trait PartitionProperties {
@@ -96,16 +96,6 @@ pub(super) fn delegate(
         );
     }
     to.smt(policy.smt);
-    if let Helpers::Set(cpus) = &policy.helpers {
-        to.push(
-            "helpers",
-            format!("CPUs {cpus}"),
-            Outcome::Advisory {
-                why: "the hypervisor may move the VP of this machine that is under such a CPU"
-                    .into(),
-            },
-        );
-    }
     for (control, requested) in policy.for_linux() {
         to.push(
             control,
@@ -118,6 +108,45 @@ pub(super) fn delegate(
         );
     }
     (to.effects, to.changed)
+}
+
+/// A property that was set.
+struct Written {
+    before: Option<u64>,
+    readback: u64,
+}
+
+/// The threads that are no vCPUs are Linux's whoever schedules VPs: what is left of `plan` for it, if CPUs were named for them.
+pub(super) fn for_helpers(plan: &VmPlan) -> Option<VmPlan> {
+    let helpers = plan.request.policy.helpers.clone();
+    if helpers.is_auto() {
+        return None;
+    }
+    let mut plan = plan.clone();
+    plan.request.policy = VmPolicy {
+        helpers,
+        ..VmPolicy::default()
+    };
+    Some(plan)
+}
+
+/// What became of [`for_helpers`], without what was not requested.
+pub(super) fn of_helpers(effects: Vec<Effect>) -> Vec<Effect> {
+    let mut effects: Vec<Effect> = effects
+        .into_iter()
+        .filter(|effect| effect.control != "placement")
+        .collect();
+    for effect in &mut effects {
+        if effect.outcome == Outcome::Enforced {
+            effect.outcome = Outcome::Approximated {
+                requested: effect.requested.clone(),
+                effective: format!("{} of this machine", effect.requested),
+                why: "the hypervisor may move the VP of this machine that is under such a CPU"
+                    .into(),
+            };
+        }
+    }
+    effects
 }
 
 struct Delegation<'a> {
@@ -145,25 +174,30 @@ impl Delegation<'_> {
         value: u64,
         conversion: Option<&str>,
     ) {
+        let of = |value: u64| match code {
+            CPU_WEIGHT => value.to_string(),
+            _ => format!(
+                "{value} ({:.1} % of a CPU per VP)",
+                value as f64 * 100.0 / WHOLE as f64
+            ),
+        };
+        let conversion = conversion.map_or(String::new(), |why| format!("; {why}"));
         let outcome = match self.write(code, value) {
-            Ok(readback) => {
-                let unit = match code {
-                    CPU_WEIGHT => String::new(),
-                    _ => format!(
-                        " ({:.1} % of a CPU per VP)",
-                        readback as f64 * 100.0 / WHOLE as f64
-                    ),
-                };
-                let conversion = conversion.map_or(String::new(), |why| format!("; {why}"));
-                let differs = match readback == value {
-                    true => String::new(),
-                    false => format!("; {value} was written"),
-                };
-                Outcome::Delegated {
-                    property: format!("{name} = {value}"),
-                    readback: format!("{readback}{unit}{differs}{conversion}"),
-                }
-            }
+            Ok(Written { readback, .. }) if readback == value => Outcome::Delegated {
+                property: format!("{name} = {value}"),
+                readback: of(readback) + &conversion,
+            },
+            Ok(Written { before, readback }) if before == Some(readback) => Outcome::Advisory {
+                why: format!(
+                    "{name}: the hypervisor took {value} and still has {}, as before",
+                    of(readback)
+                ),
+            },
+            Ok(Written { readback, .. }) => Outcome::Approximated {
+                requested: requested.clone(),
+                effective: format!("{name} = {}", of(readback)),
+                why: format!("that is what the hypervisor made of {value}{conversion}"),
+            },
             Err(why) => Outcome::Advisory {
                 why: format!("{name}: {why}"),
             },
@@ -171,18 +205,19 @@ impl Delegation<'_> {
         self.push(control, requested, outcome);
     }
 
-    fn write(&mut self, code: u32, value: u64) -> Result<u64, String> {
+    fn write(&mut self, code: u32, value: u64) -> Result<Written, String> {
         let partition = self.partition.ok_or("there is no partition to set it on")?;
-        let before = partition.property(code);
+        let before = partition.property(code).ok();
         partition
             .set_property(code, value)
             .map_err(|error| format!("the hypervisor does not take it: {error}"))?;
-        if let Ok(before) = before {
+        if let Some(before) = before {
             self.changed.0.push((code, before));
         }
-        partition
+        let readback = partition
             .property(code)
-            .map_err(|error| format!("it was taken and cannot be read back: {error}"))
+            .map_err(|error| format!("it was taken and cannot be read back: {error}"))?;
+        Ok(Written { before, readback })
     }
 
     fn smt(&mut self, smt: SmtIsolation) {

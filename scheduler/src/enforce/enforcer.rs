@@ -187,8 +187,18 @@ impl<'a> Enforcer<'a> {
         };
         let effects = match plan.mode {
             SchedMode::Core | SchedMode::Classic => {
-                let (effects, changed) = delegated::delegate(plan, options.partition);
+                let (mut effects, changed) = delegated::delegate(plan, options.partition);
                 enforcer.changed = changed;
+                if let Some(plan) = delegated::for_helpers(plan) {
+                    let options = Options {
+                        bare: true,
+                        owner: options.owner.clone(),
+                        parent: None,
+                        ..*options
+                    };
+                    let made = enforcer.prepare_linux(host, &plan, &options);
+                    effects.extend(delegated::of_helpers(made));
+                }
                 effects
             }
             SchedMode::Root | SchedMode::Integrated => enforcer.prepare_linux(host, plan, options),

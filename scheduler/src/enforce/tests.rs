@@ -559,6 +559,83 @@ fn where_the_hypervisor_schedules_properties_are_set_and_the_rest_is_refused() {
     assert!(partition.0.borrow().values().all(|value| *value == 0));
 }
 
+/// A partition that makes of what it is told what `makes` says.
+struct Stubborn {
+    makes: fn(before: u64, value: u64) -> u64,
+    value: std::cell::Cell<u64>,
+}
+
+impl PartitionProperties for Stubborn {
+    fn property(&self, _code: u32) -> io::Result<u64> {
+        Ok(self.value.get())
+    }
+    fn set_property(&self, _code: u32, value: u64) -> io::Result<()> {
+        self.value.set((self.makes)(self.value.get(), value));
+        Ok(())
+    }
+    fn is_shown_threads(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn what_the_hypervisor_reads_back_otherwise_is_not_delegated() {
+    let outcome_of = |makes| {
+        let partition = Stubborn {
+            makes,
+            value: 100.into(),
+        };
+        let mut plan = vm("stubborn", 1, "weight=300".parse().unwrap());
+        plan.mode = SchedMode::Core;
+        let options = Options {
+            partition: Some(&partition),
+            ..options()
+        };
+        let enforcer = Enforcer::prepare(&host(), &plan, &options).unwrap();
+        outcome(&enforcer.effects(), "weight").clone()
+    };
+    assert!(matches!(
+        outcome_of(|_, value| value),
+        Outcome::Delegated { .. }
+    ));
+    let kept = outcome_of(|before, _| before);
+    assert!(matches!(kept, Outcome::Advisory { .. }), "{kept}");
+    let halved = outcome_of(|_, value| value / 2);
+    let Outcome::Approximated {
+        requested,
+        effective,
+        ..
+    } = &halved
+    else {
+        panic!("{halved}")
+    };
+    assert_eq!(
+        (requested.as_str(), effective.as_str()),
+        ("300", "CpuWeight = 150")
+    );
+}
+
+#[test]
+fn helpers_stay_on_their_cpus_where_the_hypervisor_schedules_too() {
+    let first = CpuSet::one(online().lowest().unwrap());
+    let mut plan = vm("helped", 1, format!("helpers=[{first}]").parse().unwrap());
+    plan.mode = SchedMode::Core;
+    plan.helpers = first.clone();
+    plan.vcpus[0].cpus = online();
+    let enforcer = Enforcer::prepare(&host(), &plan, &options()).unwrap();
+    let effects = enforcer.effects();
+    assert_eq!(effects.len(), 1, "{effects:?}");
+    let outcome = outcome(&effects, "helpers");
+    assert!(matches!(outcome, Outcome::Approximated { .. }), "{outcome}");
+    let (helper, vcpu) = (Body::sleeper(), Body::sleeper());
+    enforcer.adopt(ThreadRole::Helper, helper.tid).unwrap();
+    enforcer.adopt(ThreadRole::Vcpu(0), vcpu.tid).unwrap();
+    assert_eq!(sys::affinity(helper.tid).unwrap(), first);
+    assert_eq!(sys::affinity(vcpu.tid).unwrap(), online());
+    drop(enforcer);
+    assert_eq!(sys::affinity(helper.tid).unwrap(), online());
+}
+
 #[test]
 fn real_time_vcpus_beside_their_helpers_run_before_others() {
     let mut plan = vm(
