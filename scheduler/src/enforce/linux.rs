@@ -13,7 +13,9 @@ use super::{
     threads::{Class, ThreadControls},
     words,
 };
-use crate::{CpuSet, Gang, Host, Owner, Slice, SmtIsolation, VmPlan, gang::lever::LeverKind};
+use crate::{
+    CpuSet, Gang, Host, Owner, Slice, SmtIsolation, VmPlan, VmPolicy, gang::lever::LeverKind,
+};
 
 /// Groups and controls of one VM.
 pub(super) struct Linux {
@@ -28,7 +30,7 @@ pub(super) struct Linux {
     pub(super) cookies: SmtIsolation,
     /// How the VM is held back when it is not its turn.
     pub(super) lever: Option<LeverKind>,
-    /// Weight of each vCPU group; 100 if nothing was requested.
+    /// Weight of each vCPU group: its part of the VM's.
     pub(super) group_weight: u32,
     /// The directory whose cpuset limits this VM from above.
     pub(super) cpuset_place: Option<PathBuf>,
@@ -63,7 +65,7 @@ impl Linux {
             },
             cookies: SmtIsolation::Off,
             lever: None,
-            group_weight: 100,
+            group_weight: VmPolicy::WEIGHT,
         };
         linux.make_groups(plan, owner);
         let class = match (policy.deadline, policy.rt) {
@@ -117,6 +119,19 @@ impl Linux {
         );
         if let Some(weight) = policy.weight {
             note("weight", weight.to_string(), linux.try_weight(host, weight));
+        } else if linux.vcpu_groups.len() > 1
+            && linux.vcpu_groups.iter().all(|group| group.cpu.is_some())
+            && !host.abilities.sched_ext_active.yes
+        {
+            // Each of its groups has the weight of a VM to begin with.
+            let outcome = linux.try_weight(host, VmPolicy::WEIGHT);
+            if outcome != Outcome::Enforced {
+                note(
+                    "weight",
+                    format!("{}, as nothing is said", VmPolicy::WEIGHT),
+                    outcome,
+                );
+            }
         }
         if let Some(cap) = policy.cap {
             let mut requested = words::cap(&cap);

@@ -559,6 +559,21 @@ fn where_the_hypervisor_schedules_properties_are_set_and_the_rest_is_refused() {
     assert!(partition.0.borrow().values().all(|value| *value == 0));
 }
 
+#[test]
+fn a_vm_whose_vcpus_take_turns_weighs_as_much_as_any_other() {
+    let made_up = MadeUp::new("turns-weigh");
+    let plan = vm("turns", 4, "rotate=20ms".parse().unwrap());
+    let options = Options {
+        parent: Some(made_up.0.clone()),
+        ..options()
+    };
+    let enforcer = Enforcer::prepare(&host(), &plan, &options).unwrap();
+    for vcpu in 0..4 {
+        assert_eq!(made_up.read(&format!("vcpu{vcpu}"), "cpu.weight"), "25");
+    }
+    drop(enforcer);
+}
+
 /// A partition that makes of what it is told what `makes` says.
 struct Stubborn {
     makes: fn(before: u64, value: u64) -> u64,

@@ -27,13 +27,13 @@ use crate::CpuSet;
 pub struct VmPolicy {
     /// Which CPUs.
     pub placement: Placement,
-    /// Share of contended CPUs, 1 to 10000; 100 is everybody's.
+    /// Share of contended CPUs of all vCPUs of the VM together, 1 to 10000; 100 is everybody's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
-    /// Most CPU time the whole VM may use.
+    /// Most CPU time all vCPUs of the VM together may use; its other threads are not counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cap: Option<Cap>,
-    /// CPU time kept for the whole VM, in thousandths of a CPU.
+    /// CPU time kept for all vCPUs of the VM together, in thousandths of a CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reserve_millicpus: Option<u32>,
     /// How long a vCPU runs before another that waits may run.
@@ -105,7 +105,7 @@ pub enum Cores {
     One,
 }
 
-/// The most CPU time a VM may use: `quota_us` in every `period_us`, over all its vCPUs.
+/// The most CPU time the vCPUs of a VM may use: `quota_us` in every `period_us`, all of them together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cap {
@@ -190,6 +190,8 @@ pub enum Helpers {
 impl VmPolicy {
     /// Most vCPUs per CPU where nothing is said, in thousandths.
     pub const OVERCOMMIT_MILLI: u32 = 4000;
+    /// The weight of a VM that asks for none.
+    pub const WEIGHT: u32 = 100;
 }
 
 impl VmPolicy {

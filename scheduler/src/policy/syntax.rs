@@ -18,7 +18,8 @@ Keys of --sched:
   slice=latency|default|throughput|TIME      rotate=TIME     gang=off|soft[:TIME]|adaptive[:TIME]
   deadline=RUNTIME[/DEADLINE]/PERIOD         rt=1-99         smt=off|vm|vcpu     helpers=auto|CPUS
   strict=on|off           overcommit=N
-Caps, reserves and weights are for the whole machine, deadlines for each vCPU; 100% is one CPU.
+Caps, reserves and weights are for all vCPUs of the machine together (not its other threads), deadlines for each vCPU;
+100% is one CPU.
 Presets: fair, latency, throughput, realtime, gang; what is written after one wins.";
 
 /// The keys, for who has misspelled one.
