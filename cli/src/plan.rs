@@ -155,11 +155,19 @@ impl Plan {
         Ok(host)
     }
 
-    /// Machines of another host are not in this one's ledger.
+    /// Machines of another host are not in this one's ledger, nor are its processes here.
     fn read_ledger(&self) -> Result<LedgerState, Box<dyn Error>> {
         match (&self.ledger, &self.host) {
-            (Some(path), _) => serde_json::from_str(&read(path)?)
-                .map_err(|error| format!("{} is no ledger: {error}", path.display()).into()),
+            (Some(path), host) => {
+                // A name that was mistyped is no empty ledger.
+                fs::metadata(path)
+                    .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+                let ledger = Ledger::at(path);
+                Ok(match host {
+                    Some(_) => ledger.recorded()?,
+                    None => ledger.read()?,
+                })
+            }
             (None, Some(_)) => Ok(LedgerState::default()),
             (None, None) => Ok(Ledger::open(None)?.read()?),
         }

@@ -150,6 +150,72 @@ fn wrong_usage_is_status_2_and_bad_files_are_status_1() {
     }
 }
 
+/// A ledger with one entry, that of process 1 when it had started at `start_time`.
+fn ledger_of_one(host: &str, start_time: u64) -> String {
+    let plan = rota(&[
+        "--host",
+        host,
+        "--name",
+        "other",
+        "--json",
+        "--sched",
+        "placement=dedicated",
+    ]);
+    let plan: scheduler::Plan = serde_json::from_slice(&plan.stdout).expect("a plan");
+    let entry = scheduler::LedgerEntry {
+        owner: scheduler::Owner {
+            pid: 1,
+            start_time,
+            uuid: "other".to_owned(),
+        },
+        plan: plan.vms[0].clone(),
+        rotation: None,
+    };
+    let state = scheduler::LedgerState {
+        version: scheduler::LedgerState::VERSION,
+        entries: vec![entry],
+    };
+    serde_json::to_string(&state).expect("writes")
+}
+
+#[test]
+fn a_ledger_is_read_as_a_start_reads_it() {
+    let host = eight_cpus();
+    let good = ledger_of_one(host.path(), u64::MAX);
+    let newer = good.replacen("\"version\":1", "\"version\":7", 1);
+    for (text_of_it, part) in [
+        (newer.as_str(), "a newer Rota"),
+        (&good[..good.len() / 2], "it ends after"),
+        ("", "it is empty"),
+    ] {
+        let file = tempfile::Recorded::new(text_of_it);
+        for host in [&["--host", host.path()][..], &[]] {
+            let output = rota(&[&["--ledger", file.path()][..], host].concat());
+            let said = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{said}");
+            assert!(said.contains(part), "{said}");
+        }
+    }
+}
+
+#[test]
+fn a_ledgers_dead_processes_count_on_another_host_only() {
+    let host = eight_cpus();
+    // Nothing that runs here started then.
+    let ledger = tempfile::Recorded::new(&ledger_of_one(host.path(), u64::MAX));
+    let wish = ["--ledger", ledger.path(), "--json"];
+    let planned = |arguments: &[&str]| -> scheduler::Plan {
+        let output = rota(&[&wish[..], arguments].concat());
+        serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", text(&output.stderr)))
+    };
+    let elsewhere = planned(&["--host", host.path()]);
+    assert_eq!(elsewhere.vms[0].vcpus[0].cpus.len(), 7);
+    let here = planned(&[]);
+    let usable = scheduler::Host::read().expect("this host").usable();
+    assert_eq!(here.vms[0].vcpus[0].cpus, usable);
+}
+
 #[test]
 fn a_libvirt_domain() {
     let host = eight_cpus();

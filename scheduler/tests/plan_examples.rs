@@ -415,12 +415,14 @@ fn a_batch_is_planned_together() {
 fn a_ledger_of_nonsense_is_no_reason_to_fall_over() {
     let host = host(false, 4, 2);
     let good = one(&host, &[], &request("a", 2, ""));
-    let mut broken = vec![good.clone(); 5];
+    let mut broken = vec![good.clone(); 6];
     broken[0].request.vcpus = 0;
     broken[1].request.threads_per_core = 0;
     broken[2].vcpus.clear();
     broken[3].vcpus[0].cpus = "4000-4095".parse().expect("a list");
     broken[4].exclusive = "0-4095".parse().expect("a list");
+    broken[5].request.vcpus = u32::MAX;
+    broken[5].request.policy.overcommit_milli = Some(u32::MAX);
     for plan in broken {
         let others = [plan.clone(), plan.clone()];
         for sched in [

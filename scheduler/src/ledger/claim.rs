@@ -10,10 +10,10 @@ pub enum ClaimError {
     #[error(transparent)]
     Ledger(#[from] LedgerError),
     /// There is no such plan.
-    #[error("the request cannot be met")]
+    #[error("the request cannot be met: {}", reasons(.0))]
     Rejected(Box<Rejection>),
     /// There is a VM of that name already.
-    #[error("process {pid} runs a VM named {vm}: give this one another name")]
+    #[error("process {pid} runs a VM named {vm}: give this one another name (--name NAME)")]
     Taken {
         /// The name.
         vm: VmId,
@@ -23,6 +23,15 @@ pub enum ClaimError {
     /// The plan is for several VMs, or none.
     #[error("a claim is for one VM, and the plan has {0}")]
     NotOne(usize),
+}
+
+fn reasons(rejection: &Rejection) -> String {
+    let reasons: Vec<&str> = rejection
+        .reasons
+        .iter()
+        .map(|reason| reason.detail.as_str())
+        .collect();
+    reasons.join("; ")
 }
 
 /// What one VM has been given. It is given back when this is dropped, or when the process ends in whatever way.

@@ -74,9 +74,20 @@ pub enum LedgerError {
     },
     /// There is no directory for it.
     #[error(
-        "no place for the ledger: /run/rota is root's and XDG_RUNTIME_DIR is not set. Set XDG_RUNTIME_DIR, or name a file"
+        "no place for the ledger: /run/rota is root's and XDG_RUNTIME_DIR is not set. Set XDG_RUNTIME_DIR, or name a file: \
+         --ledger FILE"
     )]
     NoPlace,
+    /// The directory for it cannot be made.
+    #[error(
+        "the ledger belongs in {path}, which cannot be created: make it writable, or name another file (--ledger FILE)"
+    )]
+    NoDirectory {
+        /// The directory.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
     /// The host refuses something.
     #[error("cannot {what} {path}")]
     Io {
@@ -112,8 +123,20 @@ impl Ledger {
             .recursive(true)
             .mode(0o755)
             .create(directory)
-            .map_err(io_error("create", directory))?;
+            .map_err(|source| LedgerError::NoDirectory {
+                path: directory.to_owned(),
+                source,
+            })?;
         Ok(Self { path, scope })
+    }
+
+    /// The ledger in the file `path`, to look into: where there is none, none is made.
+    #[must_use]
+    pub fn at(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            scope: Scope::Chosen,
+        }
     }
 
     /// The file.
@@ -141,6 +164,15 @@ impl Ledger {
         let mut state = self.load()?;
         state.reap();
         Ok(state)
+    }
+
+    /// What was in it when it was written: who is gone can be told of this host's processes only, and this may be a ledger of
+    /// another's.
+    ///
+    /// # Errors
+    /// It is damaged or newer, or cannot be read.
+    pub fn recorded(&self) -> Result<LedgerState, LedgerError> {
+        self.load()
     }
 
     /// Changes it: `change` sees what is in it, without what belongs to processes that are gone, and what it leaves is written,

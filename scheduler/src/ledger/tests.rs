@@ -132,8 +132,20 @@ fn a_name_in_use_is_refused() {
     let error = ledger
         .claim(other, |state| Ok(first_free("a", state)))
         .unwrap_err();
-    assert!(error.to_string().contains("another name"), "{error}");
+    assert!(
+        error.to_string().contains("another name (--name NAME)"),
+        "{error}"
+    );
     assert_eq!(ledger.read().unwrap().entries.len(), 1);
+}
+
+#[test]
+fn a_ledger_without_a_place_says_how_to_name_another() {
+    let scratch = Scratch::new("place");
+    let file = scratch.0.join("file");
+    fs::write(&file, "").unwrap();
+    let error = Ledger::open(Some(&file.join("rota/ledger.json"))).unwrap_err();
+    assert!(error.to_string().contains("(--ledger FILE)"), "{error}");
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn give_way(
     for index in 0..space.claims.len() {
         let claim = &space.claims[index];
         // Whoever wrote an entry that no request leads to keeps it: there is nothing to plan it again by.
-        if claim.request.vcpus == 0 || claim.request.threads_per_core == 0 {
+        if !(1..=MOST_VCPUS).contains(&claim.request.vcpus) || claim.request.threads_per_core == 0 {
             continue;
         }
         let moves = claim.vcpus.iter().any(|vcpu| !vcpu.cpus.is_disjoint(gone));
