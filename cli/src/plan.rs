@@ -9,7 +9,7 @@ use std::{
 use clap::Args;
 use scheduler::{
     Host, Ledger, LedgerState, Request, SchedMode, VmId, VmPlan, VmPolicy, plan,
-    policy::{CpusOption, HELP, libvirt},
+    policy::{Count, CpusOption, HELP, libvirt},
 };
 use vmm::config::MemoryConfig;
 
@@ -91,7 +91,8 @@ impl Plan {
         }
         let mut vcpus = self.cpus.boot;
         if let Some(path) = &self.libvirt {
-            let import = libvirt::import(&read(path)?, vcpus)
+            let cgroup = host.abilities.cgroup.version;
+            let import = libvirt::import(&read(path)?, vcpus, cgroup)
                 .map_err(|error| format!("{}: {error}", path.display()))?;
             vcpus = import.vcpus.unwrap_or(vcpus);
             for line in &import.mapped {
@@ -185,8 +186,8 @@ fn head(host: &Host) -> String {
     let mut text = format!(
         "host: CPUs {} on {}, {}, tick {} ms ({}), VPs scheduled by: {}",
         host.usable(),
-        count(cores.len(), "core"),
-        count(host.nodes.len(), "NUMA node"),
+        Count(cores.len(), "core"),
+        Count(host.nodes.len(), "NUMA node"),
         host.tick_ns as f64 / 1e6,
         host.tick_source,
         host.mode
@@ -203,14 +204,9 @@ fn described(vm: &VmPlan) -> String {
     format!(
         "{}: {}, {}\n{vm}",
         request.vm,
-        count(request.vcpus as usize, "vCPU"),
+        Count(request.vcpus, "vCPU"),
         request.policy
     )
-}
-
-/// So many of something.
-fn count(number: usize, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Prints; nobody is left to tell that standard output is closed.

@@ -115,6 +115,7 @@ fn errors_name_the_key_the_value_and_what_is_allowed() {
         ("weight=10001", "weight=10001"),
         ("cap=5%:10ms", "10%"),
         ("cap=40%:2s", "1ms to 1s"),
+        ("cap=5000s:1s", "4096 CPUs"),
         ("cap=40%:10ms,burst=5ms", "burst"),
         ("reserve=2", "950m"),
         ("slice=50us", "slice=50us"),
@@ -123,7 +124,7 @@ fn errors_name_the_key_the_value_and_what_is_allowed() {
         ("rt=5,slice=latency", "cannot be had together"),
         ("deadline=11ms/10ms", "runtime"),
         ("deadline=99ms/100ms", "95%"),
-        ("map=[3@1]", "vCPUs 0 to 0"),
+        ("map=[3@1]", "vCPU 0 alone"),
         ("gang=soft:1us", "gang"),
         ("overcommit=0.5", "overcommit=0.5"),
     ] {

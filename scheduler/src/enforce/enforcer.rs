@@ -97,7 +97,7 @@ impl fmt::Display for Refused {
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
     /// The plan has no such vCPU.
-    #[error("the plan has {planned} vCPUs, and none with number {vcpu}: plan again first")]
+    #[error("the plan has {}, and none with number {vcpu}: plan again first", crate::policy::Count(*planned, "vCPU"))]
     NotPlanned {
         /// Its number.
         vcpu: u32,

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use super::{helpers, place::place, space::Space};
 use crate::{
     Binding, Constraint, CpuSet, Helpers, Host, LedgerState, Placement, Plan, Request, VmPlan,
+    policy::Count,
 };
 
 /// Most vCPUs of a VM: what the hypervisor takes.
@@ -196,7 +197,7 @@ fn unsound(requests: &[Request], index: usize) -> Vec<Binding> {
         complain(
             Constraint::Name,
             format!(
-                "two requests are for VM {}: give one another name",
+                "two requests are for VM {}: give one another name (--name NAME)",
                 request.vm
             ),
         );
@@ -204,7 +205,10 @@ fn unsound(requests: &[Request], index: usize) -> Vec<Binding> {
     if request.vcpus == 0 || request.vcpus > MOST_VCPUS {
         complain(
             Constraint::Policy,
-            format!("{} vCPUs: allowed is 1 to {MOST_VCPUS}", request.vcpus),
+            format!(
+                "{}: allowed is 1 to {MOST_VCPUS}",
+                Count(request.vcpus, "vCPU")
+            ),
         );
         return wrong;
     }
@@ -213,8 +217,9 @@ fn unsound(requests: &[Request], index: usize) -> Vec<Binding> {
         complain(
             Constraint::Policy,
             format!(
-                "{threads} threads per core: {} vCPUs are no whole number of such cores",
-                request.vcpus
+                "{} per core: {} is no whole number of such cores",
+                Count(threads, "thread"),
+                Count(request.vcpus, "vCPU")
             ),
         );
     }

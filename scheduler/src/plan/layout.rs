@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     Constraint, Cores, CpuSet, Helpers, Placement, Request, SchedMode, VcpuPlan, VmPlan, VmPolicy,
-    policy::PROMISE_MILLI,
+    policy::{Count, PROMISE_MILLI},
 };
 
 /// A place in the making.
@@ -121,8 +121,8 @@ pub(super) fn deadline_fits(
         return Err((
             Constraint::Deadline,
             format!(
-                "{} vCPUs with {deadline} are {}m beside {admitted}m of others; the kernel admits {room}m on CPUs {pool}",
-                request.vcpus,
+                "{} with {deadline}: {}m beside {admitted}m of others, and the kernel admits {room}m on CPUs {pool}",
+                Count(request.vcpus, "vCPU"),
                 of(request)
             ),
         ));
@@ -144,10 +144,10 @@ fn gang_fits(request: &Request, cpus: &CpuSet) -> Result<(), Refusal> {
     Err((
         Constraint::Gang,
         format!(
-            "a gang of {} vCPUs cannot run at once on {} CPUs ({cpus}): use gang=off, or at most {} vCPUs",
-            request.vcpus,
-            cpus.len(),
-            cpus.len()
+            "a gang of {} cannot run at once on {} ({cpus}): use gang=off, or at most {}",
+            Count(request.vcpus, "vCPU"),
+            Count(cpus.len(), "CPU"),
+            Count(cpus.len(), "vCPU")
         ),
     ))
 }
@@ -180,9 +180,9 @@ fn parts(
     };
     let why = if request.vcpus > pool.len() {
         format!(
-            "{kind}: {} vCPUs on {} CPUs, which Linux balances; pinned, some would get half of what others get",
-            request.vcpus,
-            sets[0].len()
+            "{kind}: {} on {}, which Linux balances; pinned, some would get half of what others get",
+            Count(request.vcpus, "vCPU"),
+            Count(sets[0].len(), "CPU")
         )
     } else if request.vcpus == 1 {
         format!("{kind}: any CPU of {pool}")

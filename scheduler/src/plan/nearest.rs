@@ -6,7 +6,7 @@
 use super::admission::admit;
 use crate::{
     Binding, Constraint, Cores, CpuSet, Deadline, Gang, Helpers, Host, LedgerState, Nearest,
-    Placement, Request, VmPolicy,
+    Placement, Request, VmPolicy, policy::Count,
 };
 
 /// Limits a request can meet one after the other before the search gives up.
@@ -331,14 +331,16 @@ fn describe(asked: &Request, nearest: &Request) -> Nearest {
     let mut changes = Vec::new();
     if asked.vcpus != nearest.vcpus {
         changes.push(format!(
-            "{} vCPUs instead of {}",
-            nearest.vcpus, asked.vcpus
+            "{} instead of {}",
+            Count(nearest.vcpus, "vCPU"),
+            asked.vcpus
         ));
     }
     if asked.threads_per_core != nearest.threads_per_core {
         changes.push(format!(
-            "{} threads per core instead of {}",
-            nearest.threads_per_core, asked.threads_per_core
+            "{} per core instead of {}",
+            Count(nearest.threads_per_core, "thread"),
+            asked.threads_per_core
         ));
     }
     for part in &new {

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Constraint, Cores, CpuSet, Request, VmPolicy,
-    policy::{Milli, PROMISE_MILLI},
+    policy::{Count, Milli, PROMISE_MILLI},
 };
 
 /// The limit, and a sentence with what was asked, what there is and what can be done.
@@ -99,8 +99,10 @@ pub(super) fn too_few(
         Cores::One => "a core of their own",
     };
     let mut text = format!(
-        "{} vCPUs want {unit}, {room} can have it of CPUs {}",
-        request.vcpus, space.usable
+        "{} {} {unit}, {room} can have it of CPUs {}",
+        Count(request.vcpus, "vCPU"),
+        if request.vcpus == 1 { "wants" } else { "want" },
+        space.usable
     );
     for claim in space
         .claims
@@ -140,8 +142,9 @@ pub(super) fn crowd(space: &Space<'_>, request: &Request, crowded: &Crowded) -> 
             (
                 Constraint::Overcommit,
                 format!(
-                    "{} vCPUs beside {there} of others on {count} CPUs ({cpus}) are too many per CPU: {whose}",
-                    request.vcpus
+                    "{} beside {there} of others on {} ({cpus}) is more than these CPUs take: {whose}",
+                    Count(request.vcpus, "vCPU"),
+                    Count(count, "CPU")
                 ),
             )
         }
@@ -150,9 +153,10 @@ pub(super) fn crowd(space: &Space<'_>, request: &Request, crowded: &Crowded) -> 
             (
                 Constraint::Reserve,
                 format!(
-                    "reserve={}m beside {}m of others is more than can be promised on {count} CPUs ({cpus}): {PROMISE_MILLI}m of each",
+                    "reserve={}m beside {}m of others is more than can be promised on {} ({cpus}): {PROMISE_MILLI}m of each",
                     request.policy.reserve_millicpus.unwrap_or(0),
-                    there.div_ceil(1000)
+                    there.div_ceil(1000),
+                    Count(count, "CPU")
                 ),
             )
         }

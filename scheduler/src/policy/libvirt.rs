@@ -3,7 +3,7 @@
 use roxmltree::{Document, Node};
 use serde::{Deserialize, Serialize};
 
-use super::{Cap, Helpers, Placement, VmPolicy};
+use super::{Cap, Count, Helpers, Placement, VmPolicy, validate::WEIGHT};
 use crate::{CpuSet, Placement::Map};
 
 /// What came of a `<cputune>`.
@@ -38,18 +38,19 @@ pub enum ImportError {
     },
 }
 
-/// Shares of a group that asks for nothing, where libvirt counts in them; 100 is that weight here.
+/// Shares of a group of version 1 that asks for nothing; 100 is that weight here.
 const USUAL_SHARES: u64 = 1024;
 /// libvirt's period where only a quota is given, in microseconds.
 const USUAL_PERIOD_US: u64 = 100_000;
 
 /// Reads a `<cputune>`, alone or in its `<domain>`. `vcpus` is how many there are where no `<vcpu>` says so: libvirt counts
-/// quotas for each vCPU, here they are for the whole VM.
+/// quotas for each vCPU, here they are for all of a VM. `cgroup` is the version of control groups the domain is for: libvirt writes
+/// `<shares>` into `cpu.shares` of version 1, and as they are into `cpu.weight` of version 2.
 ///
 /// # Errors
 ///
 /// The text is no XML, has no `<cputune>`, or has values that cannot be read.
-pub fn import(xml: &str, vcpus: u32) -> Result<Import, ImportError> {
+pub fn import(xml: &str, vcpus: u32, cgroup: u8) -> Result<Import, ImportError> {
     let document = Document::parse(xml).map_err(|error| ImportError::Xml(error.to_string()))?;
     let root = document.root_element();
     let child = |name: &str| root.children().find(|node| node.has_tag_name(name));
@@ -68,7 +69,7 @@ pub fn import(xml: &str, vcpus: u32) -> Result<Import, ImportError> {
     }
     let elements = cputune.into_iter().flat_map(|node| node.children());
     for element in elements.filter(Node::is_element) {
-        reading.element(element)?;
+        reading.element(element, cgroup)?;
     }
     let vcpus = reading.import.vcpus.unwrap_or(vcpus).max(1);
     Ok(reading.finish(vcpus))
@@ -90,7 +91,22 @@ struct Reading {
 
 impl Reading {
     fn vcpu(&mut self, node: Node<'_, '_>) -> Result<(), ImportError> {
-        self.import.vcpus = Some(number(node, text(node))?);
+        let most: u32 = number(node, text(node))?;
+        let current = match node.attribute("current") {
+            Some(current) => number(node, current)?,
+            None => most,
+        };
+        if current == 0 || current > most {
+            let what = format!("current='{current}' is not 1 to {most}");
+            return Err(value(node, what));
+        }
+        if current < most {
+            self.mapped(
+                &format!("<vcpu current='{current}'>{most}"),
+                &format!("boot={current},max={most}; planned are those at the start"),
+            );
+        }
+        self.import.vcpus = Some(current);
         if node.attribute("placement") == Some("auto") {
             let (require, node) = (false, None);
             self.import.policy.placement = Placement::NumaLocal { require, node };
@@ -102,7 +118,7 @@ impl Reading {
         Ok(())
     }
 
-    fn element(&mut self, node: Node<'_, '_>) -> Result<(), ImportError> {
+    fn element(&mut self, node: Node<'_, '_>, cgroup: u8) -> Result<(), ImportError> {
         let name = node.tag_name().name();
         match name {
             "vcpupin" => {
@@ -114,22 +130,14 @@ impl Reading {
                 let cpus = list(node, attribute(node, "cpuset")?)?;
                 self.helpers.get_or_insert_default().add(&cpus);
             }
-            "shares" => {
-                let shares: u64 = number(node, text(node))?;
-                let weight = (shares.saturating_mul(100) / USUAL_SHARES).clamp(1, 10_000) as u32;
-                self.import.policy.weight = Some(weight);
-                self.mapped(
-                    &format!("<shares>{shares}"),
-                    &format!("weight={weight} ({USUAL_SHARES} shares are 100)"),
-                );
-            }
+            "shares" => self.shares(number(node, text(node))?, cgroup),
             "quota" => self.quota = limit(node)?,
             "period" => self.period = limit(node)?,
             "global_quota" => self.global_quota = limit(node)?,
             "global_period" => self.global_period = limit(node)?,
             "vcpusched" => self.vcpusched(node)?,
             "emulator_quota" | "emulator_period" | "iothread_quota" | "iothread_period" => {
-                self.unmapped(name, "there is one cap, for the whole VM: cap=");
+                self.unmapped(name, "there is one cap, for all vCPUs together: cap=");
             }
             "iothreadsched" | "emulatorsched" => {
                 self.unmapped(name, "only vCPUs have a real-time priority: rt=");
@@ -138,6 +146,29 @@ impl Reading {
             _ => self.unmapped(name, "unknown"),
         }
         Ok(())
+    }
+
+    fn shares(&mut self, shares: u64, cgroup: u8) {
+        let (exact, why) = match cgroup {
+            2 => (
+                shares,
+                "in control groups of version 2 they are the weight".to_owned(),
+            ),
+            _ => (
+                shares.saturating_mul(100) / USUAL_SHARES,
+                format!("in control groups of version 1 {USUAL_SHARES} shares are 100"),
+            ),
+        };
+        let weight = exact.clamp((*WEIGHT.start()).into(), (*WEIGHT.end()).into());
+        let nearest = match weight == exact {
+            true => "",
+            false => ", and this is the nearest there is",
+        };
+        self.import.policy.weight = u32::try_from(weight).ok();
+        self.mapped(
+            &format!("<shares>{shares}"),
+            &format!("weight={weight} ({why}{nearest})"),
+        );
     }
 
     fn vcpusched(&mut self, node: Node<'_, '_>) -> Result<(), ImportError> {
@@ -201,7 +232,7 @@ impl Reading {
         for vcpu in beyond {
             self.unmapped(
                 &format!("vcpupin vcpu='{vcpu}'"),
-                &format!("there are {vcpus} vCPUs"),
+                &format!("this VM has {} at the start", Count(vcpus, "vCPU")),
             );
         }
         map.retain(|(vcpu, _)| *vcpu < vcpus);
@@ -225,11 +256,27 @@ impl Reading {
         if let Some(cap) = each {
             self.mapped(
                 "<quota>, <period>",
-                &format!("cap={cap} for the whole VM, which is as much for {vcpus} vCPUs"),
+                &format!(
+                    "cap={cap}, which is as much for {} together",
+                    Count(vcpus, "vCPU")
+                ),
             );
         }
         if let Some(cap) = all {
-            self.mapped("<global_quota>, <global_period>", &format!("cap={cap}"));
+            self.mapped(
+                "<global_quota>, <global_period>",
+                &format!(
+                    "cap={cap}, which is for vCPUs alone: the VM's other threads are not in it"
+                ),
+            );
+        }
+        for (period, cap, name) in [
+            (self.period, each, "period"),
+            (self.global_period, all, "global_period"),
+        ] {
+            if period.is_some() && cap.is_none() {
+                self.unmapped(name, "it limits nothing without a quota");
+            }
         }
         let tightest = each
             .into_iter()
@@ -352,6 +399,7 @@ mod tests {
                  <something/>
                </cputune></domain>",
             1,
+            1,
         )
         .expect("reads");
         assert_eq!(import.vcpus, Some(4));
@@ -371,7 +419,7 @@ mod tests {
 
     #[test]
     fn a_cputune_alone() {
-        let read = |xml: &str| import(xml, 2).map(|import| import.policy.to_string());
+        let read = |xml: &str| import(xml, 2, 1).map(|import| import.policy.to_string());
         assert_eq!(read("<cputune/>"), Ok("placement=shared".to_owned()));
         assert_eq!(
             read("<cputune><quota>-1</quota></cputune>"),
@@ -382,13 +430,58 @@ mod tests {
             Ok("placement=shared,cap=50ms:100ms".to_owned())
         );
         assert_eq!(
-            import("<domain><vcpu placement='auto'>2</vcpu></domain>", 1)
+            import("<domain><vcpu placement='auto'>2</vcpu></domain>", 1, 2)
                 .map(|import| import.policy.placement),
             Ok(Placement::NumaLocal {
                 require: false,
                 node: None
             })
         );
+    }
+
+    #[test]
+    fn shares_are_what_libvirt_makes_of_them() {
+        for (cgroup, shares, weight) in [
+            (1, 1024, 100),
+            (1, 2048, 200),
+            (1, 1, 1),
+            (1, u64::MAX, 10_000),
+            (2, 100, 100),
+            (2, 1024, 1024),
+            (2, 0, 1),
+            (2, 262_144, 10_000),
+        ] {
+            let xml = format!("<cputune><shares>{shares}</shares></cputune>");
+            let import = import(&xml, 1, cgroup).expect("reads");
+            assert_eq!(import.policy.weight, Some(weight), "{shares}, {cgroup}");
+            let moved = import.mapped[0].contains("nearest");
+            assert_eq!(moved, [1, 10_000].contains(&weight), "{import:?}");
+        }
+    }
+
+    #[test]
+    fn vcpus_that_are_not_there_at_the_start_are_said() {
+        let import = import(
+            "<domain><vcpu current='2'>4</vcpu>
+               <cputune><quota>40000</quota><vcpupin vcpu='3' cpuset='0'/></cputune></domain>",
+            1,
+            2,
+        )
+        .expect("reads");
+        assert_eq!(import.vcpus, Some(2));
+        assert_eq!(import.policy.to_string(), "placement=shared,cap=80ms:100ms");
+        assert!(import.mapped[0].contains("boot=2,max=4"), "{import:?}");
+        assert!(import.unmapped[0].contains("2 vCPUs"), "{import:?}");
+    }
+
+    #[test]
+    fn a_period_without_a_quota_is_not_mapped() {
+        for name in ["period", "global_period"] {
+            let xml = format!("<cputune><{name}>50000</{name}></cputune>");
+            let import = import(&xml, 1, 2).expect("reads");
+            assert_eq!(import.policy.cap, None);
+            assert!(import.unmapped[0].contains(name), "{import:?}");
+        }
     }
 
     #[test]
@@ -403,10 +496,12 @@ mod tests {
             "<cputune><vcpupin vcpu='0' cpuset='1,^1'/></cputune>",
             "<cputune><vcpupin vcpu='0' cpuset='5000'/></cputune>",
             "<cputune><shares>-1</shares></cputune>",
+            "<domain><vcpu current='3'>2</vcpu></domain>",
+            "<domain><vcpu current='0'>2</vcpu></domain>",
             "<cputune><vcpusched scheduler='deadline'/></cputune>",
             "<cputune><vcpusched scheduler='fifo'/></cputune>",
         ] {
-            assert!(import(bad, 1).is_err(), "{bad}");
+            assert!(import(bad, 1, 2).is_err(), "{bad}");
         }
     }
 }

@@ -13,7 +13,7 @@ mod validate;
 use serde::{Deserialize, Serialize};
 
 pub use cpus::CpusOption;
-pub use syntax::HELP;
+pub use syntax::{Count, HELP};
 pub(crate) use syntax::{Milli, Time};
 pub(crate) use validate::PROMISE_MILLI;
 pub use validate::PolicyError;

@@ -390,6 +390,17 @@ impl fmt::Display for Time {
     }
 }
 
+/// So many of something: `1 vCPU`, `2 vCPUs`.
+pub struct Count<N>(pub N, pub &'static str);
+
+impl<N: fmt::Display + PartialEq + From<u8>> fmt::Display for Count<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(number, what) = self;
+        let plural = if *number == N::from(1) { "" } else { "s" };
+        write!(f, "{number} {what}{plural}")
+    }
+}
+
 /// Thousandths, printed as a number with as few decimals as it needs.
 pub(crate) struct Milli(pub(crate) u32);
 

@@ -71,7 +71,8 @@ impl VmPolicy {
                     "reserve",
                     format!("{reserve}m"),
                     format!(
-                        "allowed is 1m to {most}m: {PROMISE_MILLI}m for each of {vcpus} vCPUs, and no more than the cap"
+                        "allowed is 1m to {most}m: {PROMISE_MILLI}m for each of {}, and no more than the cap",
+                        super::Count(vcpus, "vCPU")
                     ),
                 );
             }
@@ -139,7 +140,10 @@ impl VmPolicy {
                     complain(
                         "map",
                         format!("{vcpu}@[{cpus}]"),
-                        format!("this VM has vCPUs 0 to {last}"),
+                        match last {
+                            0 => "this VM has vCPU 0 alone".to_owned(),
+                            _ => format!("this VM has vCPUs 0 to {last}"),
+                        },
                     );
                 }
                 if cpus.is_empty() {
@@ -321,8 +325,13 @@ impl Cap {
         if !CAP_PERIOD_US.contains(&self.period_us) {
             return Some("the kernel takes periods of 1ms to 1s".to_owned());
         }
-        let most = Self::most_quota(self.period_us);
-        if !(CAP_QUOTA_US..=most).contains(&self.quota_us) {
+        if self.quota_us > Self::most_quota(self.period_us) {
+            return Some(format!(
+                "a quota is at most that of {} CPUs, the most a host can have",
+                crate::CpuSet::LIMIT
+            ));
+        }
+        if self.quota_us < CAP_QUOTA_US {
             let percent = (CAP_QUOTA_US * 100).div_ceil(self.period_us);
             return Some(format!(
                 "the kernel takes quotas of 1ms and more: {percent}% of this period, or a longer period"
