@@ -389,6 +389,22 @@ fn where_the_hypervisor_schedules_what_only_linux_can_do_is_refused() {
 }
 
 #[test]
+fn a_plan_says_whom_it_does_not_keep_off() {
+    let mut host = host(false, 4, 1);
+    let said = |host: &Host, sched: &str| -> bool {
+        let plan = one(host, &[], &request("a", 2, sched));
+        plan.notes
+            .iter()
+            .any(|note| note.contains("not Rota's can: isolcpus="))
+    };
+    assert!(said(&host, "placement=dedicated"));
+    assert!(!said(&host, "placement=spread"));
+    assert!(!said(&host, "placement=dedicated,deadline=2ms/10ms"));
+    host.isolated = "2-3".parse().expect("a list");
+    assert!(!said(&host, "placement=dedicated"));
+}
+
+#[test]
 fn a_batch_is_planned_together() {
     let host = host(false, 4, 1);
     let batch = [

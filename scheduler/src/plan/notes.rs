@@ -19,6 +19,7 @@ pub(super) fn write(space: &Space<'_>, plan: &mut VmPlan) {
     }
     smt(space, plan, &mut notes);
     time(host, plan, &mut notes);
+    others(host, plan, &mut notes);
     plan.notes = notes;
 }
 
@@ -47,6 +48,18 @@ fn placement(host: &Host, plan: &VmPlan, notes: &mut Vec<String>) {
             }
         }
         _ => {}
+    }
+}
+
+/// What is a VM's own is so among the VMs of the ledger. Only a partition of the kernel's or isolation at boot keeps other processes
+/// off, and a partition is made for deadlines alone.
+fn others(host: &Host, plan: &VmPlan, notes: &mut Vec<String>) {
+    let open = &plan.exclusive - &host.isolated;
+    if plan.request.policy.deadline.is_none() && !open.is_empty() {
+        notes.push(format!(
+            "no other VM of Rota runs on CPUs {open}; processes that are not Rota's can: isolcpus={open}, or a cpuset without these CPUs \
+             around all others, keeps them off"
+        ));
     }
 }
 
