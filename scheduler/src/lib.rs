@@ -19,6 +19,7 @@ mod enforce;
 mod gang;
 mod host;
 mod ledger;
+mod memory;
 mod meter;
 mod mode;
 mod plan;
@@ -37,6 +38,7 @@ pub use host::{Abilities, Ability, Cgroup, Cpu, Host, HostError, HostSpec, Node}
 pub use ledger::{
     Claim, ClaimError, Ledger, LedgerEntry, LedgerError, LedgerState, Owner, Rotation, Scope,
 };
+pub use memory::bind_memory;
 pub use meter::{
     ExitMeter, Histogram, Latency, Meter, MeterOptions, Metered, RunTimes, VcpuMeter, VmMeter,
     VpMeter,

@@ -37,7 +37,7 @@ impl Tid {
 /// Words of the largest affinity mask: [`CpuSet::LIMIT`] CPUs.
 const MASK_WORDS: usize = CpuSet::LIMIT as usize / 64;
 
-fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+pub(crate) fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -150,7 +150,15 @@ pub fn run(
     let mut starter: Option<Reply> = None;
     let ended = loop {
         state.advance(State::Booting)?;
-        let prepared = Vm::prepare(&device, capabilities, &config, &console, &hvc, events);
+        let prepared = Vm::prepare(
+            &device,
+            capabilities,
+            &config,
+            &console,
+            &hvc,
+            events,
+            scheduling.as_ref(),
+        );
         let vm = match (prepared, &mut starter) {
             (Ok(vm), _) => vm,
             (Err(error), None) => return Err(error.into()),
@@ -169,7 +177,7 @@ pub fn run(
         let partition = vm.partition();
         let mut placed = match &scheduling {
             Some(scheduling) => {
-                Some(scheduling.place(&device, &partition, report.metering.take())?)
+                Some(scheduling.place(&device, &partition, report.metering.take(), vm.bound())?)
             }
             None => None,
         };

@@ -13,16 +13,18 @@ use std::{fmt, io, os::fd::AsFd, path::PathBuf};
 
 use scheduler::{
     AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, GangSignal, Host,
-    HostError, Ledger, LedgerError, Meter, MeterOptions, ModeCheck, NeedsForce, Owner,
+    HostError, Ledger, LedgerError, Meter, MeterOptions, ModeCheck, NeedsForce, Outcome, Owner,
     PartitionProperties, ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator,
     RotatorError, RunTimes, SchedMode, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
 };
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use vcpu::ExitKind;
+use vm_memory::GuestMemoryMmap;
 
 use crate::{
     config::VmConfig,
+    memory,
     partition::{Device, Partition},
 };
 
@@ -156,7 +158,14 @@ impl Scheduling {
         self.claim.plan()
     }
 
-    /// Makes the plan so for a partition of `device` that is ready to run. `before` is what was metered before a reset.
+    /// Has guest memory come from the nodes that were planned, if there is a choice. To be called before any of it is touched.
+    #[must_use]
+    pub fn bind(&self, memory: &GuestMemoryMmap) -> Option<Outcome> {
+        scheduler::bind_memory(&self.host, self.plan(), &memory::host_ranges(memory))
+    }
+
+    /// Makes the plan so for a partition of `device` that is ready to run. `before` is what was metered before a reset, `memory` what
+    /// came of [`Self::bind`].
     ///
     /// # Errors
     /// Something cannot be had. Nothing stays behind.
@@ -165,6 +174,7 @@ impl Scheduling {
         device: &'a Device,
         partition: &'a Partition,
         before: Option<VmMeter>,
+        memory: Option<Outcome>,
     ) -> Result<Placed<'a>, SchedulingError> {
         // Others may have changed it on making theirs.
         let plan = &self.claim.current()?.unwrap_or_else(|| self.plan().clone());
@@ -180,6 +190,7 @@ impl Scheduling {
         let signal = meter.gang_signal();
         let options = EnforceOptions {
             partition: Some(partition),
+            memory,
             guest_tells: signal.is_some(),
             ..EnforceOptions::new(self.owner.clone())
         };

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use scheduler::{Tid, VpMeter};
+use scheduler::{Outcome, Tid, VpMeter};
 use vcpu::{Counters, Crash, End, ExitKind, Requests, Vp};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -23,7 +23,7 @@ use crate::{
     layout::{self, LayoutError},
     memory::{self, MemoryError},
     partition::{Device, Partition, PartitionError},
-    scheduling::{Placed, SchedulingError},
+    scheduling::{Placed, Scheduling, SchedulingError},
 };
 
 /// How long the guest's last output may take to reach the host.
@@ -83,6 +83,7 @@ pub struct Vm {
 pub struct Prepared {
     vm: Vm,
     vps: Vec<Vp>,
+    bound: Option<Outcome>,
 }
 
 /// Where a VP's thread waits until all of them are in their places.
@@ -99,13 +100,19 @@ impl Prepared {
         Arc::clone(&self.vm.partition)
     }
 
+    /// What came of having its memory come from the nodes that were planned.
+    #[must_use]
+    pub fn bound(&self) -> Option<Outcome> {
+        self.bound.clone()
+    }
+
     /// Starts the VPs, each on a thread of its own. `scheduling`, if there is any, places each thread before any of them runs, and
     /// meters them.
     ///
     /// # Errors
     /// The host has no more threads, or a thread cannot be placed. Those that have started end again.
     pub fn start(self, placed: Option<&mut Placed<'_>>) -> Result<Vm, VmError> {
-        let Self { mut vm, vps } = self;
+        let Self { mut vm, vps, .. } = self;
         let Some(placed) = placed else {
             for vp in vps {
                 vm.spawn(vp, None, None)?;
@@ -177,7 +184,8 @@ impl Drop for Farewell {
 }
 
 impl Vm {
-    /// Sets the machine up and loads its kernel. `capabilities` are this partition's VMM capabilities.
+    /// Sets the machine up and loads its kernel. `capabilities` are this partition's VMM capabilities; `scheduling` says where its
+    /// memory is to come from.
     ///
     /// # Errors
     /// The first thing that could not be had. Nothing stays behind.
@@ -188,6 +196,7 @@ impl Vm {
         console: &Console,
         hvc: &Hvc,
         events: Events,
+        scheduling: Option<&Scheduling>,
     ) -> Result<Prepared, VmError> {
         // What can be wrong with the configuration comes first, and needs no partition.
         let ram = layout::ram_ranges(config.memory.size)?;
@@ -196,6 +205,8 @@ impl Vm {
             .map(|range| (GuestAddress(range.start), range.length))
             .collect();
         let memory = memory::map(&config.memory, &regions)?;
+        // Pages come when they are touched, or when the driver pins them.
+        let bound = scheduling.and_then(|scheduling| scheduling.bind(&memory));
         let apic_ids: Vec<u32> = (0..config.cpus.boot_vcpus).collect();
         let serial = config.serial.mode != SerialMode::Off;
         let tables = acpi::build(&AcpiConfig {
@@ -256,7 +267,7 @@ impl Vm {
             partition,
             memory,
         };
-        Ok(Prepared { vm, vps })
+        Ok(Prepared { vm, vps, bound })
     }
 
     fn spawn(

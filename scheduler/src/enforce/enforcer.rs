@@ -14,6 +14,7 @@ use super::{
     Effect, Outcome, PartitionProperties,
     cgroup::{Group, Places, write},
     delegated::{self, Changed},
+    elsewhere,
     linux::Linux,
     threads::{Before, ThreadControls},
 };
@@ -46,6 +47,8 @@ pub struct Options<'a> {
     pub whole_process: bool,
     /// Start even if something is rejected: the effects say what.
     pub best_effort: bool,
+    /// What came of [`crate::bind_memory`], where it was called.
+    pub memory: Option<Outcome>,
     /// The rotator will be told how far the guest gets ([`crate::GangSignal`]), which is what adaptive gangs are judged by.
     pub guest_tells: bool,
 }
@@ -61,6 +64,7 @@ impl Options<'_> {
             bare: false,
             whole_process: true,
             best_effort: false,
+            memory: None,
             guest_tells: false,
         }
     }
@@ -185,7 +189,7 @@ impl<'a> Enforcer<'a> {
             partition: options.partition,
             changed: Changed::default(),
         };
-        let effects = match plan.mode {
+        let mut effects = match plan.mode {
             SchedMode::Core | SchedMode::Classic => {
                 let (mut effects, changed) = delegated::delegate(plan, options.partition);
                 enforcer.changed = changed;
@@ -194,6 +198,7 @@ impl<'a> Enforcer<'a> {
                         bare: true,
                         owner: options.owner.clone(),
                         parent: None,
+                        memory: None,
                         ..*options
                     };
                     let made = enforcer.prepare_linux(host, &plan, &options);
@@ -211,6 +216,7 @@ impl<'a> Enforcer<'a> {
                 "nothing says that it is Linux that schedules the VPs",
             ),
         };
+        effects.extend(elsewhere::effects(host, plan, options));
         let strict = plan.request.policy.strict;
         let refused = effects.iter().any(|effect| match effect.outcome {
             Outcome::Rejected { .. } => strict || !options.best_effort,

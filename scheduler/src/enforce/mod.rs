@@ -13,6 +13,7 @@ mod cgroup;
 mod cgroup1;
 mod cgroup2;
 mod delegated;
+mod elsewhere;
 mod enforcer;
 mod linux;
 mod outcome;

@@ -574,6 +574,26 @@ fn a_vm_whose_vcpus_take_turns_weighs_as_much_as_any_other() {
     drop(enforcer);
 }
 
+#[test]
+fn memory_that_nobody_has_bound_is_no_silent_promise() {
+    let mut plan = vm("numa", 1, "strict=on".parse().unwrap());
+    plan.memory_nodes = vec![0];
+    let mut host = host();
+    let prepare = |host: &Host, memory| {
+        let options = Options {
+            memory,
+            ..options()
+        };
+        Enforcer::prepare(host, &plan, &options).map(|enforcer| enforcer.effects())
+    };
+    assert!(prepare(&host, None).is_ok(), "there is one node");
+    host.nodes.push(host.nodes[0].clone());
+    let refused = prepare(&host, None).err().unwrap();
+    assert!(refused.to_string().contains("memory"), "{refused}");
+    let effects = prepare(&host, Some(Outcome::Enforced)).unwrap();
+    assert_eq!(*outcome(&effects, "memory"), Outcome::Enforced);
+}
+
 /// A partition that makes of what it is told what `makes` says.
 struct Stubborn {
     makes: fn(before: u64, value: u64) -> u64,
