@@ -104,6 +104,9 @@ impl Plan {
             self.sched = import.policy;
         }
         self.cpus.complete(&mut self.sched)?;
+        if let Some(unseen) = self.cpus.unseen() {
+            say(format_args!("note: {unseen}"));
+        }
         let request = Request {
             vm: VmId(self.name.clone()),
             vcpus,

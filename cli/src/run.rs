@@ -223,8 +223,11 @@ impl SchedulingArguments {
     /// With what `--cpus` says.
     fn complete(self, cpus: &CpusOption) -> Result<SchedulingConfig, Box<dyn Error>> {
         let mut policy = self.sched;
-        if !cpus.affinity.is_empty() || cpus.core_scheduling.is_some() {
+        if !cpus.affinity.is_empty() || cpus.core_scheduling.is_some() || policy.is_some() {
             cpus.complete(policy.get_or_insert_default())?;
+        }
+        if let Some(unseen) = cpus.unseen() {
+            say(format_args!("note: --cpus {unseen}"));
         }
         if self.metrics.is_some() && policy.is_none() {
             return Err("--metrics: only machines with --sched are metered; add --sched placement=shared for one that is placed as usual".into());

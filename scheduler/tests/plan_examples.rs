@@ -138,7 +138,7 @@ fn whole_cores_and_threads_that_are_siblings() {
         "shared CPUs are nobody's siblings"
     );
     assert!(
-        plan.notes[0].contains("1 thread per core"),
+        plan.notes[0].contains("not siblings on the host, 2 to a core"),
         "{:?}",
         plan.notes
     );

@@ -35,7 +35,7 @@ pub struct SchedulingConfig {
     /// What is asked for; nothing when absent.
     #[serde(default)]
     pub policy: Option<VmPolicy>,
-    /// Hardware threads per core the guest is told of.
+    /// Hardware threads per core the guest would like to be told of.
     #[serde(default)]
     pub threads_per_core: Option<u32>,
     /// Carry the policy out as in this mode, whatever was found.

@@ -15,5 +15,15 @@ pub(super) fn effects(host: &Host, plan: &VmPlan, options: &Options<'_>) -> Vec<
             }),
         });
     }
+    let threads = plan.request.threads_per_core;
+    if threads > 1 {
+        effects.push(Effect {
+            control: "topology".into(),
+            requested: format!("{threads} threads per core"),
+            outcome: Outcome::Advisory {
+                why: "not shown to the guest, which sees what the hypervisor shows it".into(),
+            },
+        });
+    }
     effects
 }

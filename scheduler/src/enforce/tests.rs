@@ -594,6 +594,20 @@ fn memory_that_nobody_has_bound_is_no_silent_promise() {
     assert_eq!(*outcome(&effects, "memory"), Outcome::Enforced);
 }
 
+#[test]
+fn threads_the_guest_is_not_shown_are_advisory() {
+    let mut plan = vm("threads", 2, VmPolicy::default());
+    plan.request.threads_per_core = 2;
+    let effects = Enforcer::prepare(&host(), &plan, &options())
+        .unwrap()
+        .effects();
+    let outcome = outcome(&effects, "topology");
+    assert!(matches!(outcome, Outcome::Advisory { .. }), "{outcome}");
+    plan.request.policy.strict = true;
+    let refused = Enforcer::prepare(&host(), &plan, &options()).err().unwrap();
+    assert!(refused.to_string().contains("topology"), "{refused}");
+}
+
 /// A partition that makes of what it is told what `makes` says.
 struct Stubborn {
     makes: fn(before: u64, value: u64) -> u64,

@@ -13,7 +13,7 @@ pub(super) fn write(space: &Space<'_>, plan: &mut VmPlan) {
     placement(host, plan, &mut notes);
     if plan.threads_per_core < plan.request.threads_per_core {
         notes.push(format!(
-            "the guest is shown 1 thread per core, not {}: its vCPUs are not siblings on the host",
+            "its vCPUs are not siblings on the host, {} to a core; placement=dedicated,cores=whole makes them that",
             plan.request.threads_per_core
         ));
     }

@@ -48,13 +48,6 @@ impl fmt::Display for VmPlan {
             let nodes: Vec<String> = self.memory_nodes.iter().map(u32::to_string).collect();
             writeln!(f, "memory: from NUMA node {}", nodes.join(", "))?;
         }
-        if self.request.threads_per_core > 1 {
-            writeln!(
-                f,
-                "the guest sees {} threads per core",
-                self.threads_per_core
-            )?;
-        }
         for note in &self.notes {
             writeln!(f, "note: {note}")?;
         }

@@ -74,7 +74,7 @@ pub struct VmPlan {
     /// NUMA nodes the guest's memory should come from; empty if it does not matter.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub memory_nodes: Vec<u32>,
-    /// Hardware threads per core the guest may be shown: where it is more than one, they are siblings on the host too.
+    /// Hardware threads per core the guest could be shown: where it is more than one, they are siblings on the host too.
     pub threads_per_core: u32,
     /// CPUs that were nobody's own when this was planned; how a later plan sees that there are more or fewer now.
     #[serde(default, skip_serializing_if = "CpuSet::is_empty")]

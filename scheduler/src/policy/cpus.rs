@@ -10,8 +10,10 @@ use crate::CpuSet;
 pub struct CpusOption {
     /// `boot=`: vCPUs at start.
     pub boot: u32,
-    /// The first number of `topology=`: hardware threads per core the guest is shown.
+    /// The first number of `topology=`: hardware threads per core the guest would like to be shown.
     pub threads_per_core: u32,
+    /// `topology=` as it stood there.
+    pub topology: Option<String>,
     /// `affinity=`.
     pub affinity: Vec<(u32, CpuSet)>,
     /// `core_scheduling=`.
@@ -51,9 +53,18 @@ impl FromStr for CpusOption {
                     cpus.boot = number.map_err(|_| bad("a number of vCPUs".to_owned()))?;
                 }
                 "topology" => {
-                    let threads = value.split(':').next().and_then(|text| text.parse().ok());
-                    let shape = "THREADS:CORES:DIES:PACKAGES, as in 2:4:1:1".to_owned();
-                    cpus.threads_per_core = threads.ok_or_else(|| bad(shape))?;
+                    let numbers: Result<Vec<u32>, _> =
+                        value.split(':').map(|text| text.trim().parse()).collect();
+                    match numbers.as_deref() {
+                        Ok(parts @ [threads, _, _, _]) if !parts.contains(&0) => {
+                            cpus.threads_per_core = *threads;
+                            cpus.topology = Some(value.trim().to_owned());
+                        }
+                        _ => {
+                            let shape = "THREADS:CORES:DIES:PACKAGES, as in 2:4:1:1";
+                            return Err(bad(shape.to_owned()));
+                        }
+                    }
                 }
                 "affinity" => cpus.affinity = affinity::parse(value).map_err(bad)?,
                 "core_scheduling" => {
@@ -74,11 +85,21 @@ impl FromStr for CpusOption {
 }
 
 impl CpusOption {
+    /// What of it the guest will not see, in a sentence.
+    #[must_use]
+    pub fn unseen(&self) -> Option<String> {
+        let topology = self.topology.as_ref()?;
+        Some(format!(
+            "topology={topology} is not shown to the guest, which sees what the hypervisor shows it; placement=dedicated puts the vCPUs of a \
+             core on one of the host where it can"
+        ))
+    }
+
     /// Puts what is said here into `policy`, which is what `--sched` says.
     ///
     /// # Errors
     ///
-    /// Both say where vCPUs run, or who shares a core, and not the same.
+    /// Both say where vCPUs run, or who shares a core, and not the same; or the policy is strict and something has no effect.
     pub fn complete(&self, policy: &mut VmPolicy) -> Result<(), PolicyError> {
         let contradiction = |key: &str, value: String, said: String| PolicyError {
             key: key.to_owned(),
@@ -104,7 +125,15 @@ impl CpusOption {
             }
             policy.smt = smt;
         }
-        Ok(())
+        match (&self.topology, policy.strict) {
+            (Some(topology), true) => Err(PolicyError {
+                key: "topology".to_owned(),
+                value: topology.clone(),
+                allowed: "it is not shown to the guest, and strict=on refuses what has no effect"
+                    .to_owned(),
+            }),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -130,6 +159,21 @@ mod tests {
     }
 
     #[test]
+    fn a_topology_the_guest_is_not_shown_is_said_and_refused_if_strict() {
+        for (topology, unseen) in [
+            (",topology=2:2:1:1", true),
+            (",topology=1:4:1:1", true),
+            ("", false),
+        ] {
+            let cpus: CpusOption = format!("boot=4{topology}").parse().expect("reads");
+            assert_eq!(cpus.unseen().is_some(), unseen, "{topology}");
+            cpus.complete(&mut VmPolicy::default()).expect("goes on");
+            let mut strict: VmPolicy = "strict=on".parse().expect("reads");
+            assert_eq!(cpus.complete(&mut strict).is_err(), unseen, "{topology}");
+        }
+    }
+
+    #[test]
     fn contradictions_are_refused() {
         let cpus: CpusOption = "boot=1,affinity=[0@1],core_scheduling=vm"
             .parse()
@@ -142,6 +186,10 @@ mod tests {
             "boot",
             "boot=x",
             "topology=a",
+            "topology=2",
+            "topology=2:1:1",
+            "topology=0:1:1:1",
+            "topology=2:1:1:1:1",
             "affinity=[0@1",
             "core_scheduling=x",
             "booot=1",
