@@ -7,6 +7,7 @@ mod plan;
 mod run;
 
 use std::{
+    error::Error,
     fmt::Display,
     io::{self, Write},
     process::ExitCode,
@@ -73,6 +74,21 @@ fn main() -> ExitCode {
 /// Tells the user something on standard error, if anybody is left to read it: what is told must not decide how it ends.
 pub(crate) fn say(text: impl Display) {
     let _ = writeln!(io::stderr(), "rota: {}", text.to_string().trim_end());
+}
+
+/// An error and its causes in one line.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Transparent errors say what their cause says.
+        let message = error.to_string();
+        if !text.ends_with(&message) {
+            text = format!("{text}: {message}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// Help and version go out whole; an error is one line.

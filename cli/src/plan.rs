@@ -13,7 +13,7 @@ use scheduler::{
 };
 use vmm::config::MemoryConfig;
 
-use crate::{FAILURE, say};
+use crate::{FAILURE, chain, say};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -77,7 +77,7 @@ impl Plan {
         match self.answer() {
             Ok(status) => status,
             Err(error) => {
-                say(error);
+                say(chain(&*error));
                 FAILURE
             }
         }

@@ -16,7 +16,7 @@ use vmm::{
     scheduling::SchedulingConfig,
 };
 
-use crate::{CRASHED, FAILURE, say};
+use crate::{CRASHED, FAILURE, chain, say};
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
@@ -113,7 +113,7 @@ impl Run {
                 (CRASHED, "crashed")
             }
             Err(error) => {
-                say(chain(error));
+                say(explained(error));
                 (FAILURE, "error")
             }
         };
@@ -245,17 +245,8 @@ impl SchedulingArguments {
 }
 
 /// An error, its causes, and a hint where there is one, in one line.
-fn chain(error: &RunError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Transparent errors say what their cause says.
-        let message = error.to_string();
-        if !text.ends_with(&message) {
-            text = format!("{text}: {message}");
-        }
-        cause = error.source();
-    }
+fn explained(error: &RunError) -> String {
+    let mut text = chain(error);
     if matches!(error, RunError::Partition(PartitionError::NoDevice)) {
         text += ": this machine has no Microsoft Hypervisor, or its mshv module is not loaded; try `softmshv rota run …`";
     }

@@ -132,6 +132,8 @@ fn wrong_usage_is_status_2_and_bad_files_are_status_1() {
         (&["--host", "/nonexistent"], 1, "cannot read"),
         (&["--host", "/proc/self/status"], 1, "no recorded host"),
         (&["--libvirt", "/proc/self/status"], 1, "not XML"),
+        (&["--ledger", "/nonexistent"], 1, "cannot read"),
+        (&["--ledger", "/"], 1, "cannot read /: Is a directory"),
         (
             &[
                 "--cpus",
