@@ -71,8 +71,7 @@ impl VmPolicy {
                     "reserve",
                     format!("{reserve}m"),
                     format!(
-                        "allowed is 1m to {most}m: {PROMISE_MILLI}m for each of {}, and no more than the cap",
-                        super::Count(vcpus, "vCPU")
+                        "allowed is 1m to {most}m: {PROMISE_MILLI}m for each vCPU, and no more than the cap"
                     ),
                 );
             }
