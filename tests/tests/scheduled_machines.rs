@@ -230,7 +230,13 @@ sched_tests! {
         assert_eq!(vcpus.len(), 2, "{text}");
         for (index, vcpu) in vcpus.iter().enumerate() {
             assert!(vcpu["run_ns"].as_u64().is_some_and(|ns| ns > 0), "vCPU {index} ran: {vcpu}");
+            // The end itself is a kick.
+            assert!(vcpu["kick_to_run"]["count"].as_u64().is_some_and(|count| count > 0), "{vcpu}");
         }
+        // The serial port has interrupted somebody, and its handler has read a register.
+        let known = |vcpu: &serde_json::Value| vcpu["irq_to_run"]["count"].as_u64().is_some_and(|count| count > 0);
+        assert!(vcpus.iter().any(known), "{text}");
+        assert!(vcpus.iter().all(|vcpu| known(vcpu) || vcpu["irq_to_run"]["unmetered"].is_string()), "{text}");
         assert!(vcpus[0]["exits"]["port_write"]["count"].as_u64().is_some_and(|count| count > 0), "{text}");
         assert!(report["effects"].as_array().is_some_and(|effects| !effects.is_empty()), "{text}");
     }

@@ -27,6 +27,6 @@ mod vp;
 pub use counters::{Counter, Counters, ExitKind};
 pub use history::History;
 pub use intercept::{Header, Intercept, MemoryAccess, MsrAccess, PortAccess};
-pub use request::{Requests, install_kick_handler};
+pub use request::{KickWatch, Requests, install_kick_handler};
 pub use run::{Crash, End, Machine, Watch};
 pub use vp::{Register, Vp, VpError};

@@ -7,7 +7,7 @@
 use std::{
     io,
     sync::{
-        Condvar, Mutex, PoisonError,
+        Condvar, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     time::Duration,
@@ -35,12 +35,20 @@ pub(crate) enum Next {
     Stop,
 }
 
+/// Somebody who times how long a VP thread takes to notice that it is wanted.
+pub trait KickWatch: Send + Sync {
+    /// The VP thread is about to be asked, and kicked. On the thread that asks.
+    fn kicked(&self);
+    /// The VP thread has seen that something is asked of it. On that thread.
+    fn noticed(&self);
+}
+
 /// The door between one VP thread and whoever controls it.
-#[derive(Debug)]
 pub struct Requests {
     word: AtomicU8,
     thread: Mutex<Thread>,
     changed: Condvar,
+    watch: OnceLock<Box<dyn KickWatch>>,
 }
 
 impl Default for Requests {
@@ -49,11 +57,17 @@ impl Default for Requests {
             word: AtomicU8::new(RUN),
             thread: Mutex::new(Thread::NotStarted),
             changed: Condvar::new(),
+            watch: OnceLock::new(),
         }
     }
 }
 
 impl Requests {
+    /// Has kicks timed by `watch` from now on; the first one stays.
+    pub fn watch(&self, watch: Box<dyn KickWatch>) {
+        let _ = self.watch.set(watch);
+    }
+
     /// Makes the VP thread stop running the guest and wait; returns once it does (or has ended).
     pub fn pause(&self) {
         self.ask(PAUSE);
@@ -76,6 +90,11 @@ impl Requests {
 
     fn ask(&self, request: u8) {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = self.word.load(Ordering::Relaxed) == RUN;
+        if let (Thread::Running(_), true, Some(watch)) = (*thread, first, self.watch.get()) {
+            // Before the word, which the VP thread may see without a kick.
+            watch.kicked();
+        }
         self.word.fetch_max(request, Ordering::Release);
         self.changed.notify_all();
         loop {
@@ -105,12 +124,21 @@ impl Requests {
     pub(crate) fn next(&self) -> Next {
         match self.word.load(Ordering::Acquire) {
             RUN => Next::Run,
+            asked => self.notice(asked),
+        }
+    }
+
+    #[cold]
+    fn notice(&self, asked: u8) -> Next {
+        if let Some(watch) = self.watch.get() {
+            watch.noticed();
+        }
+        match asked {
             STOP => Next::Stop,
             _ => self.park(),
         }
     }
 
-    #[cold]
     fn park(&self) -> Next {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if let Thread::Running(tid) = *thread {
@@ -203,6 +231,44 @@ mod tests {
             vp.join().unwrap();
             assert!(begun.elapsed() < Duration::from_secs(5));
         }
+    }
+
+    /// Counts kicks that were sent, and requests that were seen.
+    #[derive(Clone, Default)]
+    struct Seen(Arc<[AtomicU64; 2]>);
+
+    impl KickWatch for Seen {
+        fn kicked(&self) {
+            self.0[0].fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn noticed(&self) {
+            self.0[1].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_kick_is_told_to_whoever_times_it_and_so_is_that_it_was_noticed() {
+        install_kick_handler().unwrap();
+        let (requests, seen) = (Arc::new(Requests::default()), Seen::default());
+        requests.watch(Box::new(seen.clone()));
+        let runs = Arc::<AtomicU64>::default();
+        let vp = sleeper(Arc::clone(&requests), Arc::clone(&runs));
+        while runs.load(Ordering::Relaxed) == 0 {
+            thread::yield_now();
+        }
+        let counts = || [0, 1].map(|index: usize| seen.0[index].load(Ordering::Relaxed));
+        assert_eq!(counts(), [0; 2]);
+        requests.pause();
+        let [kicks, noticed] = counts();
+        assert_eq!(
+            (kicks, noticed),
+            (1, 1),
+            "however often the signal was sent"
+        );
+        requests.stop();
+        vp.join().unwrap();
+        assert_eq!(counts()[0], kicks, "one that waits needs no kick");
     }
 
     #[test]

@@ -71,6 +71,7 @@ pub struct Board {
     ports: Bus,
     mmio: Bus,
     ioapic: Arc<Ioapic<PinRoutes>>,
+    routes: Arc<Routes>,
     serial: Option<Arc<Serial>>,
     power: Arc<Power>,
     plug: Arc<Plug>,
@@ -105,7 +106,7 @@ impl Board {
         pci.insert(Slot::device(0), Arc::new(HostBridge))?;
         let plug = Arc::new(Plug::new(
             Arc::clone(partition),
-            routes,
+            Arc::clone(&routes),
             memory.clone(),
             Arc::clone(&pci),
         ));
@@ -165,7 +166,12 @@ impl Board {
         if let Some(sink) = console {
             let interrupt = EventFd::new(EFD_NONBLOCK).map_err(event("serial port"))?;
             partition.register_irqfd(&interrupt, layout::COM1_PIN)?;
-            let port = Arc::new(Serial::new(interrupt, sink).map_err(event("serial port"))?);
+            let routes = Arc::clone(&routes);
+            let edge = move || {
+                routes.about_to_raise(layout::COM1_PIN);
+                interrupt.write(1)
+            };
+            let port = Arc::new(Serial::new(edge, sink).map_err(event("serial port"))?);
             ports.insert(
                 layout::COM1_PORT,
                 layout::COM1_PORTS,
@@ -191,11 +197,18 @@ impl Board {
             ports,
             mmio,
             ioapic,
+            routes,
             serial,
             power,
             plug,
             hotplug,
         })
+    }
+
+    /// Has `tell` told of interrupts for a VP, by its index, just before Rota raises them. Those of PCI functions are left out: their
+    /// handlers never come back to Rota, so that nobody sees when they run.
+    pub fn watch_interrupts(&self, tell: impl Fn(u32) + Send + Sync + 'static) {
+        self.routes.watch(Box::new(tell));
     }
 
     /// The serial port.

@@ -208,8 +208,10 @@ pub fn run(
         )?;
         desk.forget_ejected();
         signals_after(&event, &signals);
-        report.metering = placed.as_ref().map(Placed::sample);
+        // Once while the threads are there to be read, and once more for what the end itself amounts to.
+        let _ = placed.as_ref().map(Placed::sample);
         let clean = vm.stop();
+        report.metering = placed.as_ref().map(Placed::sample);
         report.effects = placed.as_ref().map(Placed::effects);
         report.plan = placed.as_ref().map(Placed::plan);
         drop(placed);

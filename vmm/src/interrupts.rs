@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -23,13 +23,22 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::partition::Partition;
 
+/// In an MSI's address: the destination is a set.
+const LOGICAL: u64 = 1 << 2;
+/// The destination that is every processor.
+const ALL: u8 = 0xff;
+
 /// How many GSIs there are (`MSHV_MAX_GUEST_IRQS` of the driver).
 const GSIS: u32 = 4096;
+
+/// Told of the index of a VP that is about to be interrupted.
+type Tell = Box<dyn Fn(u32) + Send + Sync>;
 
 /// The partition's table of interrupt routes.
 pub(crate) struct Routes {
     partition: Arc<Partition>,
     table: Mutex<Table>,
+    told: OnceLock<Tell>,
 }
 
 #[derive(Default)]
@@ -44,6 +53,21 @@ impl Routes {
         Self {
             partition,
             table: Mutex::default(),
+            told: OnceLock::new(),
+        }
+    }
+
+    /// Has `told` told of interrupts from now on; the first one stays.
+    pub(crate) fn watch(&self, told: Tell) {
+        let _ = self.told.set(told);
+    }
+
+    /// The event of `gsi` is about to be written to.
+    pub(crate) fn about_to_raise(&self, gsi: u32) {
+        if let Some(told) = self.told.get()
+            && let Some(vp) = self.lock().routes.get(&gsi).copied().and_then(target)
+        {
+            told(vp);
         }
     }
 
@@ -175,6 +199,9 @@ impl InterruptRoutes for PinRoutes {
     }
 
     fn assert(&self, msi: Msi, level: bool) {
+        if let (Some(told), Some(vp), true) = (self.0.told.get(), target(msi), level) {
+            told(vp);
+        }
         if let Err(error) = self.0.partition.interrupt(&request(msi, level)) {
             warn!(
                 "interrupt with vector {:#x} refused: {error}",
@@ -195,9 +222,18 @@ fn routing_entry(gsi: u32, msi: Msi) -> mshv_user_irq_entry {
     }
 }
 
+/// The VP that `msi` interrupts, by its index, which is its APIC id: `None` where it may be any of several.
+fn target(msi: Msi) -> Option<u32> {
+    let destination = (msi.address >> 12 & 0xff) as u8;
+    match msi.address & LOGICAL {
+        0 => (destination != ALL).then_some(destination.into()),
+        // The flat model: a bit for each of the first eight.
+        _ => (destination.count_ones() == 1).then_some(destination.trailing_zeros()),
+    }
+}
+
 /// An MSI as the hypervisor's request: vector, delivery mode and destination stand in the same places on all processors.
 fn request(msi: Msi, level: bool) -> InterruptRequest {
-    const LOGICAL: u64 = 1 << 2;
     const LEVEL_TRIGGERED: u32 = 1 << 15;
     InterruptRequest {
         interrupt_type: msi.data >> 8 & 7,
@@ -212,6 +248,20 @@ fn request(msi: Msi, level: bool) -> InterruptRequest {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_target_of_an_msi_is_known_if_it_is_one_vp() {
+        let of = |address| {
+            target(Msi {
+                address,
+                data: 0x24,
+            })
+        };
+        assert_eq!(of(0xfee0_3000), Some(3));
+        assert_eq!(of(0xfeef_f000), None, "everybody");
+        assert_eq!(of(0xfee0_2004), Some(1), "a set of one");
+        assert_eq!(of(0xfee0_3004), None, "one of two");
+    }
 
     #[test]
     fn an_msi_becomes_the_hypervisors_request() {

@@ -119,6 +119,12 @@ impl Prepared {
             }
             return Ok(vm);
         };
+        let meters: Vec<_> = (0..).map_while(|vp| placed.meter().vp(vp)).collect();
+        vm.board.watch_interrupts(move |vp| {
+            if let Some(meter) = meters.get(vp as usize) {
+                meter.interrupted();
+            }
+        });
         let (arrived, arrivals) = mpsc::channel();
         let mut waiting = Vec::with_capacity(vps.len());
         for vp in vps {
@@ -157,6 +163,19 @@ impl vcpu::Watch for Metered {
 
     fn told_by(&self, partition: u64) {
         self.0.belongs_to(partition);
+    }
+}
+
+/// Passes on to the meter when a VP is kicked.
+struct TimedKicks(Arc<VpMeter>);
+
+impl vcpu::KickWatch for TimedKicks {
+    fn kicked(&self) {
+        self.0.kicked();
+    }
+
+    fn noticed(&self) {
+        self.0.noticed();
     }
 }
 
@@ -280,6 +299,9 @@ impl Vm {
         let has_register_page = vp.has_register_page();
         let (memory, board) = (self.memory.clone(), Arc::clone(&self.board));
         let farewell = Farewell(Arc::clone(&self.finish));
+        if let Some(meter) = &meter {
+            requests.watch(Box::new(TimedKicks(Arc::clone(meter))));
+        }
         let thread = thread::Builder::new()
             .name(format!("vcpu{}", vp.index()))
             .spawn(move || {

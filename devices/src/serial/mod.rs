@@ -36,14 +36,17 @@ pub struct Serial {
     room: Arc<Room>,
 }
 
+/// Makes one edge on the interrupt line.
+type Edge = Box<dyn Fn() -> io::Result<()> + Send>;
+
 /// The interrupt line: one edge for each trigger.
-struct Line(EventFd);
+struct Line(Edge);
 
 impl Trigger for Line {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        (self.0)()
     }
 }
 
@@ -68,18 +71,22 @@ impl SerialEvents for InputRoom {
 }
 
 impl Serial {
-    /// A port that interrupts through `interrupt` and prints to `sink`.
+    /// A port that interrupts by `interrupt`, called once for each edge on its line, and prints to `sink`.
     ///
     /// # Errors
     /// When the host has no thread or event descriptor left.
-    pub fn new(interrupt: EventFd, sink: Box<dyn Write + Send>) -> io::Result<Self> {
+    pub fn new(
+        interrupt: impl Fn() -> io::Result<()> + Send + 'static,
+        sink: Box<dyn Write + Send>,
+    ) -> io::Result<Self> {
         let output = Output::start(sink)?;
         let room = Arc::new(Room {
             wanted: AtomicBool::new(false),
             event: EventFd::new(EFD_NONBLOCK)?,
         });
         let events = InputRoom(Arc::clone(&room));
-        let uart = Mutex::new(Uart::with_events(Line(interrupt), events, output.sender()));
+        let line = Line(Box::new(interrupt));
+        let uart = Mutex::new(Uart::with_events(line, events, output.sender()));
         Ok(Self { uart, output, room })
     }
 

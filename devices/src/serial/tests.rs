@@ -32,7 +32,8 @@ impl Write for Writes {
 fn serial() -> (Serial, EventFd, Receiver<Vec<u8>>) {
     let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
     let (writes, received) = channel();
-    let serial = Serial::new(interrupt.try_clone().unwrap(), Box::new(Writes(writes))).unwrap();
+    let line = interrupt.try_clone().unwrap();
+    let serial = Serial::new(move || line.write(1), Box::new(Writes(writes))).unwrap();
     (serial, interrupt, received)
 }
 
@@ -97,7 +98,7 @@ impl Write for Stuck {
 #[test]
 fn a_stuck_console_holds_up_the_guest_until_the_port_closes() {
     let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
-    let serial = Serial::new(interrupt, Box::new(Stuck)).unwrap();
+    let serial = Serial::new(move || interrupt.write(1), Box::new(Stuck)).unwrap();
     std::thread::scope(|scope| {
         let guest = scope.spawn(|| {
             for _ in 0..300 << 10 {

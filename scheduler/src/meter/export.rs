@@ -104,32 +104,44 @@ impl VmMeter {
             "gauge",
         );
         for vcpu in &self.vcpus {
+            let mut unmetered = |name: &str, why: &str| {
+                let _ = writeln!(
+                    text,
+                    "rota_vcpu_unmetered{{vm=\"{vm}\",vcpu=\"{}\",metric=\"{name}\",why=\"{}\"}} 1",
+                    vcpu.vcpu,
+                    escape(why)
+                );
+            };
             for (name, _, _, of) in COUNTERS {
                 if let Metered::Unmetered(why) = of(vcpu) {
-                    let _ = writeln!(
-                        text,
-                        "rota_vcpu_unmetered{{vm=\"{vm}\",vcpu=\"{}\",metric=\"{name}\",why=\"{}\"}} 1",
-                        vcpu.vcpu,
-                        escape(why)
-                    );
+                    unmetered(name, why);
                 }
+            }
+            if let Metered::Unmetered(why) = &vcpu.irq_to_run {
+                unmetered("irq_to_run_seconds", why);
             }
         }
         self.exits(&mut text, &vm);
         for (name, help, of) in [
             (
                 "rota_vm_kick_to_run_seconds",
-                "From a kick to the next time the vCPU was about to run.",
-                (|vcpu| &vcpu.kick_to_run) as fn(&VcpuMeter) -> &Latency,
+                "From a kick to the moment the thread of the vCPU ran and noticed.",
+                (|vcpu| Some(&vcpu.kick_to_run)) as fn(&VcpuMeter) -> Option<&Latency>,
             ),
             (
                 "rota_vm_irq_to_run_seconds",
-                "From an interrupt to the next time the vCPU was seen, an upper bound.",
-                |vcpu| &vcpu.irq_to_run,
+                "From an interrupt whose handler comes back to the VMM to the next time the vCPU was seen, an upper bound.",
+                |vcpu| match &vcpu.irq_to_run {
+                    Metered::Known(latency) => Some(latency),
+                    Metered::Unmetered(_) => None,
+                },
             ),
         ] {
             family(&mut text, name, help, "histogram");
-            histogram(&mut text, name, &vm, self.vcpus.iter().map(of));
+            let known: Vec<&Latency> = self.vcpus.iter().filter_map(of).collect();
+            if !known.is_empty() {
+                histogram(&mut text, name, &vm, known.into_iter());
+            }
         }
         text
     }

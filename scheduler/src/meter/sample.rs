@@ -22,23 +22,23 @@ use crate::{
     sys::{monotonic_ns, thread_cpu_ns},
 };
 
-/// A number, or why there is none.
+/// A number (or what is told of many), or why there is none.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Metered {
+pub enum Metered<T = u64> {
     /// Nobody here can tell.
     Unmetered(String),
     /// It was measured.
     #[serde(untagged)]
-    Known(u64),
+    Known(T),
 }
 
-impl Metered {
+impl<T: Clone> Metered<T> {
     /// The number, if there is one.
     #[must_use]
-    pub fn known(&self) -> Option<u64> {
+    pub fn known(&self) -> Option<T> {
         match self {
-            Self::Known(number) => Some(*number),
+            Self::Known(number) => Some(number.clone()),
             Self::Unmetered(_) => None,
         }
     }
@@ -128,10 +128,11 @@ pub struct VcpuMeter {
     pub long_spins: Metered,
     /// What it came back to the VMM for, by kind; kinds that did not occur are left out.
     pub exits: BTreeMap<String, ExitMeter>,
-    /// From a kick to the next time it was about to run.
+    /// From a kick to the moment its thread ran and noticed.
     pub kick_to_run: Latency,
-    /// From an interrupt to the next time it was seen: an upper bound of the time until it ran.
-    pub irq_to_run: Latency,
+    /// From an interrupt to the next time it was seen outside of the guest: an upper bound of the time until it ran. Of interrupts
+    /// whose handlers come back to the VMM; the others are delivered without anybody seeing it.
+    pub irq_to_run: Metered<Latency>,
 }
 
 /// One kind of exit.
@@ -273,7 +274,10 @@ impl Meter {
             long_spins: counts.long_spins,
             exits,
             kick_to_run: vp.kicks.latency(ns_per_tick),
-            irq_to_run: vp.interrupts.latency(ns_per_tick),
+            irq_to_run: match vp.interrupts() {
+                Some(interrupts) => Metered::Known(interrupts.latency(ns_per_tick)),
+                None => Metered::Unmetered(UNSEEN.into()),
+            },
         }
     }
 }
@@ -324,6 +328,8 @@ struct Counts {
     long_spins: Metered,
 }
 
+const UNSEEN: &str =
+    "every interrupt went from an event to the hypervisor, and no handler came back to the VMM";
 const NO_THREAD: &str = "no thread has been attached";
 const NO_STATS: &str =
     "the hypervisor's counters for this VP cannot be read (debugfs mshv/partition/<id>/vp)";

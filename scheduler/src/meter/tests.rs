@@ -39,7 +39,11 @@ fn a_vcpu_that_runs_and_halts_is_metered() {
         vp.interrupted();
         thread::sleep(Duration::from_millis(20));
         vp.exited(1);
+        vp.noticed();
+        // Paused, which is no latency of the kick.
+        thread::sleep(Duration::from_millis(300));
         vp.entering();
+        vp.noticed();
         Tid::current()
     })
     .join()
@@ -57,7 +61,35 @@ fn a_vcpu_that_runs_and_halts_is_metered() {
     assert!(vcpu.exits["port_read"].count > 100);
     assert_eq!(vcpu.kick_to_run.count, 1);
     assert!((20_000_000..200_000_000).contains(&vcpu.kick_to_run.max_ns));
-    assert_eq!(vcpu.irq_to_run.count, 1);
+    let interrupts = vcpu.irq_to_run.known().expect("there was one");
+    assert_eq!(interrupts.count, 1);
+    assert!((20_000_000..200_000_000).contains(&interrupts.max_ns));
+}
+
+#[test]
+fn interrupts_nobody_told_of_are_not_none() {
+    let meter = Meter::new(options(SchedMode::Root, 2));
+    meter.vp(1).unwrap().interrupted();
+    let sample = meter.sample();
+    assert!(matches!(sample.vcpus[0].irq_to_run, Metered::Unmetered(_)));
+    let none_seen_yet = sample.vcpus[1].irq_to_run.known().unwrap();
+    assert_eq!(none_seen_yet.count, 0);
+    let json = sample.to_json().unwrap();
+    let read: VmMeter = serde_json::from_str(&json).unwrap();
+    assert_eq!(read, sample);
+    let text = sample.to_prometheus();
+    let unmetered = |vcpu| {
+        format!("rota_vcpu_unmetered{{vm=\"vm\",vcpu=\"{vcpu}\",metric=\"irq_to_run_seconds\"")
+    };
+    assert!(text.contains(&unmetered(0)), "{text}");
+    assert!(!text.contains(&unmetered(1)), "{text}");
+    assert!(
+        text.contains("rota_vm_irq_to_run_seconds_count{vm=\"vm\"} 0"),
+        "{text}"
+    );
+    let silent = Meter::new(options(SchedMode::Root, 1)).sample();
+    let text = silent.to_prometheus();
+    assert!(!text.contains("rota_vm_irq_to_run_seconds_count"), "{text}");
 }
 
 #[test]
@@ -240,6 +272,7 @@ fn prometheus_gets_whole_families() {
     let vp = meter.vp(1).unwrap();
     vp.attach();
     vp.kicked();
+    vp.noticed();
     vp.entering();
     vp.exited(0);
     vp.entering();

@@ -2,7 +2,7 @@
 
 use std::sync::{
     OnceLock,
-    atomic::{AtomicU64, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
 use super::{clock, histogram::Histogram};
@@ -32,10 +32,10 @@ pub struct VpMeter {
     /// Since when an exit is being dealt with, and which kind it is.
     since: AtomicU64,
     kind: AtomicU64,
-    /// Kick to run, in ticks.
+    /// Kick to notice, in ticks.
     pub(super) kicks: Histogram,
     /// Interrupt to run, in ticks.
-    pub(super) interrupts: Histogram,
+    interrupts: Histogram,
     thread: OnceLock<(Tid, u64)>,
     partition: OnceLock<u64>,
     pending: Pending,
@@ -49,6 +49,8 @@ struct Pending {
     kick: AtomicU64,
     /// Since when an interrupt is on its way.
     interrupt: AtomicU64,
+    /// Has there ever been one?
+    told: AtomicBool,
 }
 
 impl VpMeter {
@@ -73,9 +75,8 @@ impl VpMeter {
     /// `RUN_VP` is next: what the VP came back for has been dealt with. On the VP's thread.
     pub fn entering(&self) {
         let since = self.since.load(Relaxed);
-        let kicked = self.pending.kick.load(Relaxed);
         let raised = self.pending.interrupt.load(Relaxed);
-        if since == 0 && kicked == 0 && raised == 0 {
+        if since == 0 && raised == 0 {
             return;
         }
         let now = clock::now();
@@ -85,10 +86,6 @@ impl VpMeter {
                 ticks.store(ticks.load(Relaxed) + now.saturating_sub(since), Relaxed);
             }
             self.since.store(0, Relaxed);
-        }
-        if kicked != 0 {
-            self.pending.kick.store(0, Relaxed);
-            self.kicks.record(now.saturating_sub(kicked));
         }
         if raised != 0 {
             self.pending.interrupt.store(0, Relaxed);
@@ -116,7 +113,7 @@ impl VpMeter {
         self.partition.get_or_init(|| partition);
     }
 
-    /// Somebody wants the VP to stop and look. On any thread, just before the kick; of several the first counts.
+    /// Somebody wants the VP to stop and look. On any thread, just before the kick; of several that are not noticed the first counts.
     pub fn kicked(&self) {
         let _ = self
             .pending
@@ -124,13 +121,28 @@ impl VpMeter {
             .compare_exchange(0, clock::now(), Relaxed, Relaxed);
     }
 
-    /// An interrupt is on its way to the VP. On any thread, just before the write to the irqfd. What is recorded is the time until
-    /// the VP is next seen outside of the guest: no less than the time until it ran, and often more.
+    /// The VP has stopped and looked. On the VP's thread.
+    pub fn noticed(&self) {
+        let kicked = self.pending.kick.swap(0, Relaxed);
+        if kicked != 0 {
+            self.kicks.record(clock::now().saturating_sub(kicked));
+        }
+    }
+
+    /// An interrupt is on its way to the VP. On any thread, just before it is raised, and only for interrupts whose handlers come
+    /// back to the VMM. What is recorded is the time until the VP is next seen outside of the guest: no less than the time until it
+    /// ran.
     pub fn interrupted(&self) {
+        self.pending.told.store(true, Relaxed);
         let _ = self
             .pending
             .interrupt
             .compare_exchange(0, clock::now(), Relaxed, Relaxed);
+    }
+
+    /// Interrupt to run, in ticks; `None` if nobody has ever told of an interrupt.
+    pub(super) fn interrupts(&self) -> Option<&Histogram> {
+        self.pending.told.load(Relaxed).then_some(&self.interrupts)
     }
 
     /// Count and nanoseconds of one kind.
