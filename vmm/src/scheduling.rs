@@ -182,7 +182,7 @@ impl Scheduling {
             before: before.map(Box::new),
             ..MeterOptions::new(
                 plan.request.vm.0.as_str(),
-                plan.mode,
+                self.detection.metered_as(plan.mode),
                 plan.request.vcpus,
                 ExitKind::NAMES,
             )
@@ -192,6 +192,7 @@ impl Scheduling {
             partition: Some(partition),
             memory,
             guest_tells: signal.is_some(),
+            doubt: self.detection.contradiction(plan.mode),
             ..EnforceOptions::new(self.owner.clone())
         };
         let enforcer = Enforcer::prepare(&self.host, plan, &options)?;

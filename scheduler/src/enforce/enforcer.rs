@@ -51,6 +51,8 @@ pub struct Options<'a> {
     pub memory: Option<Outcome>,
     /// The rotator will be told how far the guest gets ([`crate::GangSignal`]), which is what adaptive gangs are judged by.
     pub guest_tells: bool,
+    /// Why nothing that is done in the plan's mode may have an effect ([`crate::Detection::contradiction`]).
+    pub doubt: Option<String>,
 }
 
 impl Options<'_> {
@@ -66,6 +68,7 @@ impl Options<'_> {
             best_effort: false,
             memory: None,
             guest_tells: false,
+            doubt: None,
         }
     }
 }
@@ -161,6 +164,8 @@ pub(crate) struct Shared {
     threads: Mutex<BTreeMap<Tid, Adopted>>,
     effects: Mutex<Vec<Effect>>,
     released: AtomicBool,
+    /// Why nothing that is done may have an effect.
+    doubt: Option<String>,
 }
 
 struct Adopted {
@@ -183,6 +188,15 @@ impl<'a> Enforcer<'a> {
             threads: Mutex::default(),
             effects: Mutex::default(),
             released: AtomicBool::new(false),
+            doubt: match plan.mode {
+                SchedMode::Disputed => {
+                    Some("what is declared and what is observed differ on who schedules".into())
+                }
+                SchedMode::Unknown => {
+                    Some("nothing says that it is Linux that schedules the VPs".into())
+                }
+                _ => options.doubt.clone(),
+            },
         };
         let mut enforcer = Self {
             shared: Arc::new(shared),
@@ -199,6 +213,7 @@ impl<'a> Enforcer<'a> {
                         owner: options.owner.clone(),
                         parent: None,
                         memory: None,
+                        doubt: None,
                         ..*options
                     };
                     let made = enforcer.prepare_linux(host, &plan, &options);
@@ -206,16 +221,11 @@ impl<'a> Enforcer<'a> {
                 }
                 effects
             }
-            SchedMode::Root | SchedMode::Integrated => enforcer.prepare_linux(host, plan, options),
-            SchedMode::Disputed => doubt(
-                enforcer.prepare_linux(host, plan, options),
-                "what is declared and what is observed differ on who schedules",
-            ),
-            SchedMode::Unknown => doubt(
-                enforcer.prepare_linux(host, plan, options),
-                "nothing says that it is Linux that schedules the VPs",
-            ),
+            _ => enforcer.prepare_linux(host, plan, options),
         };
+        for effect in &mut effects {
+            enforcer.shared.doubt(effect);
+        }
         effects.extend(elsewhere::effects(host, plan, options));
         let strict = plan.request.policy.strict;
         let refused = effects.iter().any(|effect| match effect.outcome {
@@ -535,8 +545,22 @@ impl Shared {
             .cloned()
     }
 
-    /// Replaces the effect on the same control, or adds one.
-    pub(crate) fn set_effect(&self, effect: Effect) {
+    /// What was told has an effect only where whoever was told schedules.
+    fn doubt(&self, effect: &mut Effect) {
+        let Some(why) = &self.doubt else { return };
+        let told = match effect.outcome {
+            Outcome::Enforced | Outcome::Approximated { .. } => "Linux",
+            Outcome::Delegated { .. } => "the hypervisor",
+            Outcome::Advisory { .. } | Outcome::Rejected { .. } => return,
+        };
+        effect.outcome = Outcome::Advisory {
+            why: format!("{told} was told, and {why}"),
+        };
+    }
+
+    /// Replaces the effect on the same control, or adds one. A doubt about all of them stays.
+    pub(crate) fn set_effect(&self, mut effect: Effect) {
+        self.doubt(&mut effect);
         let mut effects = lock(&self.effects);
         match effects.iter_mut().find(|old| old.control == effect.control) {
             Some(old) => *old = effect,
@@ -669,18 +693,6 @@ fn untold(effects: &mut [Effect]) {
                 .into(),
         };
     }
-}
-
-/// What Linux was told has an effect only if it is Linux that schedules.
-fn doubt(mut effects: Vec<Effect>, why: &str) -> Vec<Effect> {
-    for effect in &mut effects {
-        if let Outcome::Enforced | Outcome::Approximated { .. } = effect.outcome {
-            effect.outcome = Outcome::Advisory {
-                why: format!("Linux was told, and {why}"),
-            };
-        }
-    }
-    effects
 }
 
 fn move_process(group: &Path) -> io::Result<()> {

@@ -728,3 +728,39 @@ fn a_vcpu_does_not_inherit_the_slice_of_the_helper_that_started_it() {
     enforcer.adopt(ThreadRole::Vcpu(0), body.tid).unwrap();
     assert_eq!(sys::attributes(body.tid).unwrap().runtime_ns, usual);
 }
+
+#[test]
+fn what_is_in_doubt_is_never_said_to_be_enforced() {
+    let policy = VmPolicy {
+        weight: Some(200),
+        ..VmPolicy::default()
+    };
+    let forced = Options {
+        doubt: Some("VPs were seen to run elsewhere".into()),
+        ..options()
+    };
+    let enforcer = Enforcer::prepare(&host(), &vm("forced", 1, policy.clone()), &forced).unwrap();
+    let doubted = |enforcer: &Enforcer<'_>| {
+        enforcer
+            .effects()
+            .iter()
+            .all(|effect| match &effect.outcome {
+                Outcome::Advisory { why } => why.contains("VPs were seen"),
+                _ => false,
+            })
+    };
+    assert!(doubted(&enforcer), "{:?}", enforcer.effects());
+    // Nor is what is found out later.
+    enforcer.shared().set_effect(Effect {
+        control: "gang".into(),
+        requested: "adaptive".into(),
+        outcome: Outcome::Enforced,
+    });
+    assert!(doubted(&enforcer), "{:?}", enforcer.effects());
+    drop(enforcer);
+    let strict = VmPolicy {
+        strict: true,
+        ..policy
+    };
+    assert!(Enforcer::prepare(&host(), &vm("forced", 1, strict), &forced).is_err());
+}

@@ -69,6 +69,31 @@ impl Detection {
         Ok(wanted)
     }
 
+    /// Why nothing that is done in `mode` may have an effect: it was insisted on against what was found. `None` where nothing
+    /// contradicts it.
+    #[must_use]
+    pub fn contradiction(&self, mode: Verdict) -> Option<String> {
+        let found = match self.seen() {
+            Says::Hypervisor if mode.linux_schedules() => "the threads that run VPs sleep here",
+            Says::Linux if mode.hypervisor_schedules() => "VPs run on their threads here",
+            _ => return None,
+        };
+        Some(format!(
+            "{found} ({}), whatever --sched-mode={mode} says",
+            self.verdict
+        ))
+    }
+
+    /// The mode to meter VPs by that are scheduled as in `mode`: what was insisted on changes nothing about which numbers mean
+    /// something.
+    #[must_use]
+    pub fn metered_as(&self, mode: Verdict) -> Verdict {
+        match self.contradiction(mode) {
+            Some(_) => self.verdict,
+            None => mode,
+        }
+    }
+
     /// What happens, where somebody has looked; else what is said, if nobody disagrees.
     fn seen(&self) -> Says {
         let behaviour = self.evidence.iter().find(|evidence| {
@@ -77,6 +102,7 @@ impl Detection {
         match behaviour {
             Some(evidence) => evidence.says,
             None if self.verdict.hypervisor_schedules() => Says::Hypervisor,
+            None if self.verdict.linux_schedules() => Says::Linux,
             None => Says::Nothing,
         }
     }
@@ -118,6 +144,28 @@ mod tests {
         }
         let said = detection(Verdict::Core, Says::Nothing);
         assert!(said.mode(Some(Verdict::Integrated), false).is_err());
+    }
+
+    #[test]
+    fn what_is_forced_changes_no_meter() {
+        use Verdict::{Core, Disputed, Integrated, Root, Unknown};
+        let metered = |found, seen, mode| detection(found, seen).metered_as(mode);
+        assert_eq!(metered(Core, Says::Hypervisor, Root), Core);
+        assert_eq!(metered(Core, Says::Nothing, Root), Core);
+        assert_eq!(metered(Disputed, Says::Hypervisor, Root), Disputed);
+        assert_eq!(metered(Integrated, Says::Linux, Core), Integrated);
+        // Nothing contradicts these.
+        assert_eq!(metered(Disputed, Says::Linux, Root), Root);
+        assert_eq!(metered(Unknown, Says::Nothing, Root), Root);
+        assert_eq!(metered(Root, Says::Linux, Root), Root);
+        assert_eq!(metered(Disputed, Says::Linux, Disputed), Disputed);
+        let why = detection(Core, Says::Hypervisor)
+            .contradiction(Root)
+            .unwrap();
+        assert!(
+            why.contains("sleep") && why.contains("--sched-mode=root"),
+            "{why}"
+        );
     }
 
     #[test]
