@@ -17,9 +17,11 @@ use super::{
     turns::{Contender, Turns, neighbours},
     watch::Watch,
 };
+use tracing::{info, warn};
+
 use crate::{
     Claim, CpuSet, Effect, Enforcer, Gang, LedgerEntry, LedgerError, LedgerState, Outcome, Owner,
-    Rotation, Tid,
+    Rotation, Tid, VmPolicy,
     enforce::{Shared, ThreadRole, group_name},
     ledger::Entry,
     reconcile::events::FileEvents,
@@ -32,8 +34,19 @@ const WINDOW: Duration = Duration::from_secs(3);
 /// Of a window, what belongs to the change and is not counted.
 const SETTLING: u32 = 10;
 
-/// How often the ledger is looked at for processes that have died without a word.
+/// How often the ledger is looked at for processes that have died without a word, and again if it cannot be read.
 const ALIVE: Duration = Duration::from_secs(1);
+
+/// Which effect says whether there are turns.
+fn control(policy: &VmPolicy) -> &'static str {
+    match policy.rotate_us {
+        Some(_) => "rotate",
+        None => "gang",
+    }
+}
+
+const ENDED: &str = "whoever took them has ended";
+const SUSPENDED: &str = "another machine's rotator on these CPUs stands still, so everybody runs as placed until the next common moment to try again";
 
 /// Why there are no turns.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +81,8 @@ pub struct Rotator {
     thread: Option<JoinHandle<()>>,
     #[cfg(test)]
     stalled: Arc<AtomicBool>,
+    #[cfg(test)]
+    stuck: Arc<AtomicBool>,
 }
 
 impl Rotator {
@@ -107,6 +122,8 @@ impl Rotator {
         let changes = FileEvents::new()?;
         changes.watch_directory(claim.ledger().directory())?;
         let mut thread = RotatorThread {
+            usual: shared.effect(control(&policy)),
+            hindered: None,
             shared,
             entry: claim.entry().clone(),
             arena,
@@ -122,9 +139,11 @@ impl Rotator {
             levers: Vec::new(),
             #[cfg(test)]
             stalled: Arc::default(),
+            #[cfg(test)]
+            stuck: Arc::default(),
         };
         #[cfg(test)]
-        let stalled = Arc::clone(&thread.stalled);
+        let (stalled, stuck) = (Arc::clone(&thread.stalled), Arc::clone(&thread.stuck));
         let thread = thread::Builder::new()
             .name("turns".into())
             .spawn(move || thread.run())?;
@@ -134,6 +153,8 @@ impl Rotator {
             thread: Some(thread),
             #[cfg(test)]
             stalled,
+            #[cfg(test)]
+            stuck,
         }))
     }
 
@@ -152,6 +173,12 @@ impl Rotator {
     pub(super) fn stall(&self) {
         self.stalled.store(true, Relaxed);
     }
+
+    /// Its levers do not move.
+    #[cfg(test)]
+    pub(super) fn stick(&self, stuck: bool) {
+        self.stuck.store(stuck, Relaxed);
+    }
 }
 
 impl Drop for Rotator {
@@ -163,6 +190,10 @@ impl Drop for Rotator {
 
 struct RotatorThread {
     shared: Arc<Shared>,
+    /// The effect while nothing stands in the way of turns.
+    usual: Option<Effect>,
+    /// What stands in their way.
+    hindered: Option<String>,
     entry: Entry,
     arena: String,
     adaptive: bool,
@@ -180,6 +211,8 @@ struct RotatorThread {
     levers: Vec<(Lever, Option<bool>)>,
     #[cfg(test)]
     stalled: Arc<AtomicBool>,
+    #[cfg(test)]
+    stuck: Arc<AtomicBool>,
 }
 
 /// Who takes turns with whom, as the ledger says.
@@ -199,15 +232,63 @@ impl RotatorThread {
     fn run(&mut self) {
         sys::precise_timers();
         first_among_threads();
-        while let Ok(company) = self.company() {
-            let Some(company) = company else { break };
-            if !self.turn_until_change(company) {
+        loop {
+            let hindered = match self.company() {
+                Ok(Some(company)) => match self.turn_until_change(company) {
+                    true => continue,
+                    false => break,
+                },
+                Ok(None) => "this machine is not in the ledger any more".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            // Nobody stays held back, and whatever is wrong may pass.
+            self.let_go();
+            self.state.active.store(false, Relaxed);
+            self.hinder(Some(hindered));
+            let again = sys::monotonic_ns() + ALIVE.as_nanos() as u64;
+            if matches!(self.wait_until(again), Woken::Stop) {
                 break;
             }
         }
-        // Whatever ends this thread, nobody stays held back, and nobody waits for us.
         self.let_go();
+        self.state.active.store(false, Relaxed);
+        self.hinder(Some(ENDED.into()));
         let _ = self.entry.set_rotation(None);
+    }
+
+    /// Says in the effects what stands in the way of turns, or that nothing does any more.
+    fn hinder(&mut self, why: Option<String>) {
+        if self.hindered == why {
+            return;
+        }
+        self.hindered = why;
+        let Some(usual) = &self.usual else { return };
+        let control = &usual.control;
+        match &self.hindered {
+            None => {
+                info!("{control}: turns again");
+                self.shared.set_effect(usual.clone());
+            }
+            Some(why) => {
+                if why != ENDED {
+                    warn!("{control}: no turns are taken now: {why}");
+                }
+                self.shared.set_effect(Effect {
+                    outcome: Outcome::Advisory {
+                        why: format!("no turns are taken now: {why}"),
+                    },
+                    ..usual.clone()
+                });
+            }
+        }
+    }
+
+    /// Says what the effect is while nothing stands in the way.
+    fn set_usual(&mut self, effect: Effect) {
+        if self.hindered.is_none() {
+            self.shared.set_effect(effect.clone());
+        }
+        self.usual = Some(effect);
     }
 
     /// Takes turns until the ledger changes. `false` to stop.
@@ -257,14 +338,20 @@ impl RotatorThread {
                     let late = before.map_or(0, |_| now - epoch * company.quantum_ns);
                     self.note_turn(&company, epoch, late);
                 }
-                if self
-                    .move_levers(|own| !company.turns.row(epoch)[company.own[own]])
-                    .is_err()
-                {
-                    return false;
+                let moved = self.move_levers(|own| !company.turns.row(epoch)[company.own[own]]);
+                if let Err(error) = &moved {
+                    // The others are looked at no more than they look at us, and the next quantum may be better.
+                    self.state.active.store(false, Relaxed);
+                    self.let_go();
+                    self.hinder(Some(format!(
+                        "the lever on its vCPUs does not move: {error}"
+                    )));
+                } else {
+                    self.hinder(None);
                 }
             } else {
                 self.let_go();
+                self.hinder(suspended.then(|| SUSPENDED.to_owned()));
             }
             let boundary = match (on, active && company.watch.is_needed()) {
                 (true, true) if now < middle => middle,
@@ -312,7 +399,7 @@ impl RotatorThread {
         // The change of the ledger will bring everybody's.
         let _ = self.entry.set_gain(gain);
         let percent = f64::from(gain) / 10.0;
-        self.shared.set_effect(Effect {
+        self.set_usual(Effect {
             control: "gang".into(),
             requested: "adaptive".into(),
             outcome: if decide(std::iter::once(gain)) {
@@ -340,7 +427,12 @@ impl RotatorThread {
         let timeout = (time_ns != u64::MAX)
             .then(|| Duration::from_nanos(time_ns.saturating_sub(sys::monotonic_ns())));
         match sys::wait_readable(&fds, timeout).as_deref() {
-            Ok([true, _]) | Err(_) => Woken::Stop,
+            Ok([true, _]) => Woken::Stop,
+            // Without a way to wait there is no way to be on time either.
+            Err(error) => {
+                warn!("turns end: {error}");
+                Woken::Stop
+            }
             Ok([_, true]) => {
                 self.changes.drain();
                 Woken::Change
@@ -349,15 +441,29 @@ impl RotatorThread {
         }
     }
 
+    /// Moves each, whatever becomes of the others; the first failure. One that has failed is moved again, even to where it was.
     fn move_levers(&mut self, held_back: impl Fn(usize) -> bool) -> io::Result<()> {
+        let mut result = Ok(());
         for (index, (lever, was)) in self.levers.iter_mut().enumerate() {
             let wanted = held_back(index);
-            if *was != Some(wanted) {
-                lever.set(wanted)?;
-                *was = Some(wanted);
+            if *was == Some(wanted) {
+                continue;
+            }
+            #[cfg(test)]
+            if self.stuck.load(Relaxed) {
+                *was = None;
+                result = Err(io::Error::other("it is stuck"));
+                continue;
+            }
+            match lever.set(wanted) {
+                Ok(()) => *was = Some(wanted),
+                Err(error) => {
+                    *was = None;
+                    result = result.and(Err(error));
+                }
             }
         }
-        Ok(())
+        result
     }
 
     fn let_go(&mut self) {

@@ -326,6 +326,93 @@ fn a_rotator_that_hangs_ends_the_turns_for_everybody() {
     println!("noticed after {:?}", begun.elapsed());
     thread::sleep(Duration::from_millis(30));
     assert!(!rotators[1].state().active.load(Relaxed));
+    let said = lever_of(&enforcers[1]).unwrap().to_string();
+    assert!(said.contains("stands still"), "{said}");
+}
+
+/// Waits until the effect is as it should be.
+fn wait_for(enforcer: &Enforcer<'_>, what: &str, right: impl Fn(&Outcome) -> bool) {
+    let begun = Instant::now();
+    loop {
+        let is = lever_of(enforcer).unwrap();
+        if right(&is) {
+            println!("{what} after {:?}: {is}", begun.elapsed());
+            return;
+        }
+        assert!(begun.elapsed() < LONG, "{what}: {is}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn says(words: &str) -> impl Fn(&Outcome) -> bool {
+    move |is| matches!(is, Outcome::Advisory { why } if why.contains(words))
+}
+
+#[test]
+fn a_lever_that_does_not_move_is_told_and_tried_again() {
+    if !enough_cpus() {
+        return;
+    }
+    let scratch = Scratch::new("sticks");
+    let ledger = scratch.ledger();
+    let plans = [vm("stick-a", 2, gang(5)), vm("stick-b", 2, gang(5))];
+    let enforcers = plans.each_ref().map(enforcer);
+    let usual = lever_of(&enforcers[0]).unwrap();
+    if lever_of(&enforcer(&vm("stick", 1, gang(50)))) != Some(Outcome::Enforced) {
+        rota_tests::requires::skip("cpu.idle cannot be used here");
+        return;
+    }
+    let claims = plans.each_ref().map(|plan| claim(&ledger, plan));
+    let rotators = [0, 1].map(|index| {
+        Rotator::start(&enforcers[index], &claims[index], None)
+            .unwrap()
+            .expect("turns")
+    });
+    thread::sleep(Duration::from_millis(50));
+    rotators[0].stick(true);
+    wait_for(&enforcers[0], "stuck", says("does not move"));
+    // The other one sees that nothing moves here.
+    wait_for(&enforcers[1], "noticed", says("stands still"));
+    rotators[0].stick(false);
+    for (enforcer, rotator) in enforcers.iter().zip(&rotators) {
+        wait_for(enforcer, "free", |is| *is == usual);
+        assert!(rotator.state().active.load(Relaxed));
+    }
+    drop(rotators);
+    wait_for(&enforcers[0], "ended", says("has ended"));
+}
+
+#[test]
+fn a_ledger_that_cannot_be_read_is_told_and_read_again() {
+    let scratch = Scratch::new("unread");
+    let ledger = scratch.ledger();
+    let plan = vm("unread", 1, gang(20));
+    let enforcer = enforcer(&plan);
+    let usual = lever_of(&enforcer).unwrap();
+    if usual != Outcome::Enforced {
+        rota_tests::requires::skip("cpu.idle cannot be used here");
+        return;
+    }
+    let claim = claim(&ledger, &plan);
+    let rotator = Rotator::start(&enforcer, &claim, None)
+        .unwrap()
+        .expect("turns");
+    thread::sleep(Duration::from_millis(50));
+    let replace = |text: &str| {
+        let new = ledger.path().with_extension("test");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(new, ledger.path()).unwrap();
+    };
+    let right = std::fs::read_to_string(ledger.path()).unwrap();
+    replace("no ledger");
+    let body = Body::start(false);
+    enforcer.adopt(ThreadRole::Vcpu(0), body.tid).unwrap();
+    // Nothing tells of a new thread: it is seen with the next change, or in a second.
+    replace("no ledger either");
+    wait_for(&enforcer, "damaged", says("is no ledger"));
+    replace(&right);
+    wait_for(&enforcer, "repaired", |is| *is == usual);
+    drop(rotator);
 }
 
 /// A guest that gets `gain` times as much done while turns are taken.
