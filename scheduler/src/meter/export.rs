@@ -140,7 +140,7 @@ impl VmMeter {
             family(&mut text, name, help, "histogram");
             let known: Vec<&Latency> = self.vcpus.iter().filter_map(of).collect();
             if !known.is_empty() {
-                histogram(&mut text, name, &vm, known.into_iter());
+                histogram(&mut text, name, &vm, &known);
             }
         }
         text
@@ -173,34 +173,38 @@ fn family(text: &mut String, name: &str, help: &str, kind: &str) {
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
 
-/// All vCPUs together: one power of two a bucket.
-fn histogram<'a>(
-    text: &mut String,
-    name: &str,
-    vm: &str,
-    latencies: impl Iterator<Item = &'a Latency> + Clone,
-) {
-    let mut powers: Vec<(u64, u64)> = latencies
-        .clone()
-        .flat_map(|latency| latency.powers.iter().copied())
-        .collect();
-    powers.sort_unstable();
-    let mut total = 0;
-    let mut powers = powers.into_iter().peekable();
-    while let Some((end, count)) = powers.next() {
-        total += count;
-        if powers.peek().is_none_or(|(next, _)| *next != end) {
-            let _ = writeln!(
-                text,
-                "{name}_bucket{{vm=\"{vm}\",le=\"{}\"}} {total}",
-                seconds(end)
-            );
+/// Ends of the buckets, in nanoseconds: 1, 2 and 5 of each power of ten from a microsecond to 10 s. They are always all there, since a
+/// series that comes and goes is another one to whoever collects them.
+const ENDS: [u64; 22] = {
+    let mut ends = [0; 22];
+    let (mut index, mut power) = (0, 1_000);
+    while index < ends.len() {
+        ends[index] = power * [1, 2, 5][index % 3];
+        index += 1;
+        if index % 3 == 0 {
+            power *= 10;
         }
     }
-    let _ = writeln!(text, "{name}_bucket{{vm=\"{vm}\",le=\"+Inf\"}} {total}");
-    let sum: u64 = latencies.map(|latency| latency.sum_ns).sum();
-    let _ = writeln!(text, "{name}_sum{{vm=\"{vm}\"}} {}", seconds(sum));
-    let _ = writeln!(text, "{name}_count{{vm=\"{vm}\"}} {total}");
+    ends
+};
+
+/// All vCPUs together.
+fn histogram(text: &mut String, name: &str, vm: &str, latencies: &[&Latency]) {
+    let total =
+        |of: &dyn Fn(&Latency) -> u64| -> u64 { latencies.iter().map(|latency| of(latency)).sum() };
+    for end in ENDS {
+        let _ = writeln!(
+            text,
+            "{name}_bucket{{vm=\"{vm}\",le=\"{}\"}} {}",
+            seconds(end),
+            total(&|latency| latency.within(end))
+        );
+    }
+    let count = total(&|latency| latency.count);
+    let _ = writeln!(text, "{name}_bucket{{vm=\"{vm}\",le=\"+Inf\"}} {count}");
+    let sum = seconds(total(&|latency| latency.sum_ns));
+    let _ = writeln!(text, "{name}_sum{{vm=\"{vm}\"}} {sum}");
+    let _ = writeln!(text, "{name}_count{{vm=\"{vm}\"}} {count}");
 }
 
 fn seconds(ns: u64) -> f64 {

@@ -1,6 +1,7 @@
 //! How often something took how long: eight buckets for each power of two, in 4 KiB, written by one thread without locks.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
@@ -71,45 +72,24 @@ impl Histogram {
         }
     }
 
-    /// What it amounts to, with each value multiplied by `unit_ns`. What is being recorded meanwhile is in it or not.
+    /// What it amounts to, with each value multiplied by `unit_ns`, which must always be the same or counts would change their places.
+    /// What is being recorded meanwhile is in it or not.
     #[must_use]
     pub fn latency(&self, unit_ns: f64) -> Latency {
-        let counts: Vec<u64> = self
-            .buckets
-            .iter()
-            .map(|bucket| bucket.load(Relaxed))
-            .collect();
-        let max = self.max.load(Relaxed);
         let ns = |value: u64| (value as f64 * unit_ns) as u64;
-        let count: u64 = counts.iter().sum();
-        let at = |share: f64| {
-            let rank = ((count as f64 * share).ceil() as u64).max(1);
-            let mut seen = 0;
-            for (bucket, count) in counts.iter().enumerate() {
-                seen += count;
-                if seen >= rank {
-                    return ns(top_of(bucket).min(max));
-                }
-            }
-            0
-        };
-        let (p50_ns, p99_ns, p999_ns) = (at(0.5), at(0.99), at(0.999));
-        let mut powers: Vec<(u64, u64)> = Vec::new();
-        for (power, counts) in counts.chunks(STEPS).enumerate() {
-            let count: u64 = counts.iter().sum();
+        let mut buckets = BTreeMap::new();
+        for (bucket, count) in self.buckets.iter().enumerate() {
+            let count = count.load(Relaxed);
             if count > 0 {
-                powers.push((ns(top_of(power * STEPS + STEPS - 1)), count));
+                let end = top_of(bucket_of(ns(top_of(bucket))));
+                *buckets.entry(end).or_default() += count;
             }
         }
-        Latency {
-            count,
-            sum_ns: ns(self.sum.load(Relaxed)),
-            p50_ns,
-            p99_ns,
-            p999_ns,
-            max_ns: ns(max),
-            powers,
-        }
+        Latency::of(
+            buckets,
+            ns(self.sum.load(Relaxed)),
+            ns(self.max.load(Relaxed)),
+        )
     }
 }
 
@@ -128,8 +108,50 @@ pub struct Latency {
     pub p999_ns: u64,
     /// The longest.
     pub max_ns: u64,
-    /// Coarser: for each power of two in which there are any, its end and how many.
-    pub powers: Vec<(u64, u64)>,
+    /// Buckets in which there are any: the end of each, eight to a power of two of nanoseconds, and how many are in it.
+    pub buckets: BTreeMap<u64, u64>,
+}
+
+impl Latency {
+    fn of(buckets: BTreeMap<u64, u64>, sum_ns: u64, max_ns: u64) -> Self {
+        let count: u64 = buckets.values().sum();
+        let at = |share: f64| {
+            let rank = ((count as f64 * share).ceil() as u64).max(1);
+            let mut seen = 0;
+            let reached = buckets.iter().find(|(_, count)| {
+                seen += **count;
+                seen >= rank
+            });
+            reached.map_or(0, |(end, _)| (*end).min(max_ns))
+        };
+        Self {
+            count,
+            sum_ns,
+            p50_ns: at(0.5),
+            p99_ns: at(0.99),
+            p999_ns: at(0.999),
+            max_ns,
+            buckets,
+        }
+    }
+
+    /// With those of an earlier life.
+    pub(super) fn add(&mut self, before: &Self) {
+        let mut buckets = std::mem::take(&mut self.buckets);
+        for (end, count) in &before.buckets {
+            *buckets.entry(*end).or_default() += count;
+        }
+        *self = Self::of(
+            buckets,
+            self.sum_ns + before.sum_ns,
+            self.max_ns.max(before.max_ns),
+        );
+    }
+
+    /// How many certainly took no longer than `ns`.
+    pub(super) fn within(&self, ns: u64) -> u64 {
+        self.buckets.range(..=ns).map(|(_, count)| count).sum()
+    }
 }
 
 #[cfg(test)]
@@ -149,11 +171,28 @@ mod tests {
         assert_eq!(latency.sum_ns, 500_500);
         assert!((500..=562).contains(&latency.p50_ns), "{latency:?}");
         assert!((990..=1000).contains(&latency.p99_ns), "{latency:?}");
-        assert_eq!(
-            latency.powers.iter().map(|(_, count)| count).sum::<u64>(),
-            1000
-        );
+        assert_eq!(latency.buckets.values().sum::<u64>(), 1000);
         assert_eq!(Histogram::default().latency(1.0), Latency::default());
+    }
+
+    #[test]
+    fn two_lives_are_one_histogram() {
+        let (first, second, both) = (
+            Histogram::default(),
+            Histogram::default(),
+            Histogram::default(),
+        );
+        for value in 1..=1000 {
+            let life = if value % 3 == 0 { &first } else { &second };
+            life.record(value);
+            both.record(value);
+        }
+        let mut sum = second.latency(0.4);
+        sum.add(&first.latency(0.4));
+        // Sums are rounded once each.
+        sum.sum_ns = both.latency(0.4).sum_ns;
+        assert_eq!(sum, both.latency(0.4));
+        assert_eq!((sum.within(0), sum.within(u64::MAX)), (2, 1000));
     }
 
     #[test]

@@ -426,6 +426,12 @@ impl VcpuMeter {
         add(&mut self.halts, &before.halts);
         add(&mut self.halted_ns, &before.halted_ns);
         add(&mut self.long_spins, &before.long_spins);
+        self.kick_to_run.add(&before.kick_to_run);
+        match (&mut self.irq_to_run, &before.irq_to_run) {
+            (Metered::Known(now), Metered::Known(before)) => now.add(before),
+            (now, Metered::Known(_)) => *now = before.irq_to_run.clone(),
+            (_, Metered::Unmetered(_)) => {}
+        }
         for (kind, before) in &before.exits {
             let now = self.exits.entry(kind.clone()).or_default();
             now.count += before.count;

@@ -249,13 +249,19 @@ fn adaptive_gangs_are_judged_by_long_spins() {
 
 #[test]
 fn counters_go_on_after_a_restore() {
-    let run = |before| {
+    let run = |before: Option<Box<VmMeter>>| {
+        let before_is_none = before.is_none();
         let meter = Meter::new(MeterOptions {
             before,
             ..options(SchedMode::Root, 1)
         });
         let vp = meter.vp(0).unwrap();
         vp.attach();
+        vp.kicked();
+        vp.noticed();
+        if before_is_none {
+            vp.interrupted();
+        }
         vp.exited(0);
         vp.entering();
         meter.sample()
@@ -264,6 +270,10 @@ fn counters_go_on_after_a_restore() {
     let second = run(Some(Box::new(first.clone())));
     assert_eq!(second.vcpus[0].exits["port_read"].count, 2);
     assert!(second.vcpus[0].run_ns.known() >= first.vcpus[0].run_ns.known());
+    assert_eq!(second.vcpus[0].kick_to_run.count, 2);
+    // Nobody has told of an interrupt since.
+    assert_eq!(second.vcpus[0].irq_to_run, first.vcpus[0].irq_to_run);
+    assert_eq!(second.vcpus[0].irq_to_run.known().unwrap().count, 1);
 }
 
 #[test]
@@ -285,6 +295,38 @@ fn prometheus_gets_whole_families() {
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
+}
+
+#[test]
+fn the_buckets_of_a_histogram_are_always_the_same_and_only_grow() {
+    let meter = Meter::new(options(SchedMode::Root, 1));
+    let vp = meter.vp(0).unwrap();
+    let buckets = || -> Vec<(String, u64)> {
+        let text = meter.sample().to_prometheus();
+        let lines = text.lines().filter_map(|line| {
+            let rest = line.strip_prefix("rota_vm_kick_to_run_seconds_bucket{vm=\"vm\",le=\"")?;
+            let (end, count) = rest.split_once("\"} ")?;
+            Some((end.to_owned(), count.parse().unwrap()))
+        });
+        lines.collect()
+    };
+    let mut before = buckets();
+    assert_eq!(before.len(), 23);
+    assert_eq!(before[0].0, "0.000001");
+    assert_eq!(before[21].0, "10");
+    assert_eq!(before[22].0, "+Inf");
+    for ms in [0, 1, 3, 0] {
+        vp.kicked();
+        thread::sleep(Duration::from_millis(ms));
+        vp.noticed();
+        let now = buckets();
+        for (before, now) in before.iter().zip(&now) {
+            assert!(before.0 == now.0 && before.1 <= now.1, "{before:?} {now:?}");
+        }
+        assert!(now.is_sorted_by(|a, b| a.1 <= b.1), "cumulative: {now:?}");
+        before = now;
+    }
+    assert_eq!(before[22].1, 4);
 }
 
 /// A sample of 64 vCPUs a second is to cost less than 0.5 % of a CPU, and an exit a few nanoseconds: a measurement, to be run on
