@@ -172,6 +172,7 @@ fn ledger_of_one(host: &str, start_time: u64) -> String {
         },
         plan: plan.vms[0].clone(),
         rotation: None,
+        groups: Vec::new(),
     };
     let state = scheduler::LedgerState {
         version: scheduler::LedgerState::VERSION,

@@ -36,6 +36,7 @@ fn ledger(plans: &[VmPlan]) -> LedgerState {
                 owner: Owner::default(),
                 plan: plan.clone(),
                 rotation: None,
+                groups: Vec::new(),
             })
             .collect(),
         ..LedgerState::default()

@@ -7,7 +7,7 @@
 //!       └ look_after ─ turns of gangs, the reconcile loop      while the guest runs
 //! ```
 //!
-//! A machine nobody asked anything for is left to Linux as it is: no ledger, no control group, no thread touched.
+//! A machine nobody asked anything for is left to Linux as it is: no place in the ledger, no control group, no thread touched.
 
 use std::{fmt, io, os::fd::AsFd, path::PathBuf};
 
@@ -18,7 +18,7 @@ use scheduler::{
     RotatorError, RunTimes, SchedMode, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
 };
 use serde::{Deserialize, Serialize};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use vcpu::ExitKind;
 use vm_memory::GuestMemoryMmap;
 
@@ -122,6 +122,10 @@ impl Scheduling {
     ) -> Result<Option<Self>, SchedulingError> {
         let asked = &config.scheduling;
         let Some(policy) = asked.policy.clone() else {
+            // Others' machines that were killed are cleared away all the same; that they cannot be is no reason not to start.
+            if let Err(error) = Ledger::clear_away(asked.ledger.as_deref()) {
+                debug!("what killed machines have left stays: {error}");
+            }
             return Ok(None);
         };
         let mode = detection.mode(asked.mode, asked.mode_force)?;
@@ -190,6 +194,7 @@ impl Scheduling {
         let signal = meter.gang_signal();
         let options = EnforceOptions {
             partition: Some(partition),
+            claim: Some(&self.claim),
             memory,
             guest_tells: signal.is_some(),
             doubt: self.detection.contradiction(plan.mode),

@@ -379,6 +379,7 @@ pub(crate) fn enter(ledger: &mut LedgerState, plan: &Plan) {
             Some(entry) => entry.plan = vm.clone(),
             None => ledger.entries.push(LedgerEntry {
                 rotation: None,
+                groups: Vec::new(),
                 owner: Owner::default(),
                 plan: vm.clone(),
             }),

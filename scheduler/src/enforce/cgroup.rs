@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::{cgroup1::CGROUP1, cgroup2::CGROUP2, places::SHARED};
 use crate::{Cap, CpuSet, Owner, Tid, VmId};
 
 /// What the two versions of control groups do differently.
@@ -236,6 +237,33 @@ fn owner_of(name: &str) -> Option<Owner> {
         start_time: start_time.parse().ok()?,
         uuid: String::new(),
     })
+}
+
+/// Removes the groups at `paths`, which `owner`, who is gone, has noted down; those that were there. What does not have a name
+/// that `owner` gives is left alone.
+pub(crate) fn clear(owner: &Owner, paths: &[PathBuf]) -> Vec<PathBuf> {
+    let is_its = |path: &Path| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let of = name.and_then(owner_of);
+        of.is_some_and(|of| (of.pid, of.start_time) == (owner.pid, owner.start_time))
+    };
+    let mut cleared = Vec::new();
+    for path in paths {
+        if !path.is_absolute() || !is_its(path) || !path.is_dir() {
+            continue;
+        }
+        let hierarchy: &dyn Hierarchy = match path.join(CGROUP2.threads()).exists() {
+            true => &CGROUP2,
+            false => &CGROUP1,
+        };
+        remove(hierarchy, path);
+        cleared.push(path.clone());
+        if let Some(parent) = path.parent().filter(|parent| parent.ends_with(SHARED)) {
+            // The last one out; while there are others the kernel says no.
+            let _ = fs::remove_dir(parent);
+        }
+    }
+    cleared
 }
 
 /// Removes the groups in `place` whose processes are gone. Their names.

@@ -10,6 +10,8 @@ use std::{
     },
 };
 
+use tracing::warn;
+
 use super::{
     Effect, Outcome, PartitionProperties,
     cgroup::{Group, Places, write},
@@ -19,7 +21,7 @@ use super::{
     threads::{Before, ThreadControls},
 };
 use crate::{
-    CpuSet, Gang, Host, Owner, SchedMode, SmtIsolation, Tid, VmPlan,
+    Claim, CpuSet, Gang, Host, Owner, SchedMode, SmtIsolation, Tid, VmPlan,
     gang::lever::{Lever, LeverKind},
     sys,
 };
@@ -39,6 +41,9 @@ pub struct Options<'a> {
     pub owner: Owner,
     /// The partition, where the hypervisor schedules.
     pub partition: Option<&'a dyn PartitionProperties>,
+    /// The VM's place in the ledger, where its control groups are noted down before they are made, so that they are found should this
+    /// process be killed.
+    pub claim: Option<&'a Claim>,
     /// A control group (version 2) to make the VM's groups in, instead of this process's own.
     pub parent: Option<PathBuf>,
     /// Make no control groups: tell threads alone.
@@ -62,6 +67,7 @@ impl Options<'_> {
         Self {
             owner,
             partition: None,
+            claim: None,
             parent: None,
             bare: false,
             whole_process: true,
@@ -275,7 +281,16 @@ impl<'a> Enforcer<'a> {
         options: &Options<'_>,
         places: Places,
     ) -> Vec<Effect> {
-        let (linux, mut effects) = Linux::prepare(host, plan, places, &options.owner);
+        let note_groups = |groups: Vec<_>| {
+            if groups.is_empty() {
+                return;
+            }
+            let noted = options.claim.map(|claim| claim.entry().set_groups(groups));
+            if let Some(Err(error)) = noted {
+                warn!("control groups are not noted in the ledger: {error}");
+            }
+        };
+        let (linux, mut effects) = Linux::prepare(host, plan, places, &options.owner, &note_groups);
         *lock(&self.shared.linux) = Some(linux);
         if !options.guest_tells && matches!(plan.request.policy.gang, Gang::Adaptive { .. }) {
             untold(&mut effects);

@@ -40,12 +40,13 @@ pub(super) struct Linux {
 
 impl Linux {
     /// Makes groups and finds out what the kernel takes. Whatever fails leaves an effect that says so; what was made goes with
-    /// the result.
+    /// the result. `note_groups` is told which groups are about to be made.
     pub(super) fn prepare(
         host: &Host,
         plan: &VmPlan,
         places: Places,
         owner: &Owner,
+        note_groups: &dyn Fn(Vec<PathBuf>),
     ) -> (Self, Vec<Effect>) {
         let policy = &plan.request.policy;
         let mut linux = Self {
@@ -67,7 +68,7 @@ impl Linux {
             lever: None,
             group_weight: VmPolicy::WEIGHT,
         };
-        linux.make_groups(plan, owner);
+        linux.make_groups(plan, owner, note_groups);
         let class = match (policy.deadline, policy.rt) {
             (Some(deadline), _) => Class::Deadline(deadline),
             (None, Some(priority)) => Class::Fifo(priority),
@@ -278,7 +279,7 @@ impl Linux {
     }
 
     /// Without groups everything is told to threads.
-    fn make_groups(&mut self, plan: &VmPlan, owner: &Owner) {
+    fn make_groups(&mut self, plan: &VmPlan, owner: &Owner, note: &dyn Fn(Vec<PathBuf>)) {
         // In version 1 a group's parent cannot shrink below it: for shared CPUs affinity does, and stands in nobody's way.
         let exclusive = plan.vcpus.iter().any(|vcpu| vcpu.exclusive);
         if !exclusive
@@ -302,6 +303,14 @@ impl Linux {
                 .map(|vcpu| format!("vcpu{vcpu}"))
                 .collect(),
         };
+        let places = self.places.directories();
+        let names = || parts.iter().map(String::as_str).chain(["helpers"]);
+        note(
+            names()
+                .map(|part| cgroup::name(vm, owner, part))
+                .flat_map(|name| places.iter().map(move |place| place.path.join(&name)))
+                .collect(),
+        );
         let made = parts
             .iter()
             .try_for_each(|part| {

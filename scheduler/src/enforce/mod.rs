@@ -27,7 +27,7 @@ pub(crate) mod tests;
 mod threads;
 mod words;
 
-pub(crate) use cgroup::{name as group_name, read_cpus};
+pub(crate) use cgroup::{clear as clear_groups, name as group_name, read_cpus};
 pub(crate) use enforcer::Shared;
 
 pub use delegated::PartitionProperties;

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The name of the group below the root of version 2 that root's VMs share where the process's own group has no controllers.
-const SHARED: &str = "rota";
+pub(super) const SHARED: &str = "rota";
 
 impl Places {
     /// Looks for them. `parent` is a directory of version 2 to be used instead of this process's own group.

@@ -14,8 +14,8 @@ use std::{
 
 use super::*;
 use crate::{
-    Cap, CpuSet, Gang, Host, HostSpec, Owner, Placement, Request, SchedMode, Slice, Tid, VcpuPlan,
-    VmPlan, VmPolicy, sys,
+    Cap, CpuSet, Gang, Host, HostSpec, Ledger, Owner, Placement, Plan, Request, SchedMode, Slice,
+    Tid, VcpuPlan, VmPlan, VmPolicy, sys,
 };
 
 /// The files a kernel gives a new group of version 2, as far as they are used here.
@@ -763,4 +763,31 @@ fn what_is_in_doubt_is_never_said_to_be_enforced() {
         ..policy
     };
     assert!(Enforcer::prepare(&host(), &vm("forced", 1, strict), &forced).is_err());
+}
+
+#[test]
+fn groups_are_in_the_ledger_as_long_as_they_are_there() {
+    let scratch = std::env::temp_dir().join(format!("rota-noted-{}", std::process::id()));
+    fs::create_dir(&scratch).unwrap();
+    let ledger = Ledger::open(Some(&scratch.join("ledger.json"))).unwrap();
+    let plan = vm("noted", 1, VmPolicy::default());
+    let own = Plan {
+        vms: vec![plan.clone()],
+        adjusted: Vec::new(),
+    };
+    let claim = ledger.claim(options().owner, |_| Ok(own)).unwrap();
+    let noting = Options {
+        claim: Some(&claim),
+        ..options()
+    };
+    let enforcer = Enforcer::prepare(&host(), &plan, &noting).unwrap();
+    let noted = ledger.read().unwrap().entries.remove(0).groups;
+    let made = enforcer.shared().cpuset_groups();
+    assert!(made.iter().all(|group| noted.contains(group)), "{noted:?}");
+    assert_eq!(noted.is_empty(), places_here().directories().is_empty());
+    assert!(noted.iter().all(|group| group.is_dir()), "{noted:?}");
+    drop(enforcer);
+    assert!(noted.iter().all(|group| !group.exists()), "{noted:?}");
+    drop(claim);
+    fs::remove_dir_all(&scratch).unwrap();
 }

@@ -1,5 +1,7 @@
 //! A VM's entry in the ledger, from the plan to the end of the VM.
 
+use std::path::PathBuf;
+
 use super::{Ledger, LedgerEntry, LedgerError, LedgerState, Owner, Rotation};
 use crate::{Plan, Rejection, VmId, VmPlan};
 
@@ -75,6 +77,8 @@ impl Ledger {
                 });
             }
             adjust(state, plan.adjusted);
+            let before = state.entry(&own.request.vm);
+            let groups = before.map_or_else(Vec::new, |entry| entry.groups.clone());
             state
                 .entries
                 .retain(|entry| entry.plan.request.vm != own.request.vm);
@@ -82,6 +86,7 @@ impl Ledger {
                 owner: owner.clone(),
                 plan: own.clone(),
                 rotation: None,
+                groups,
             });
             Ok(own)
         })?;
@@ -181,6 +186,11 @@ impl Entry {
     /// Tells the others how this VM takes turns with them.
     pub(crate) fn set_rotation(&self, rotation: Option<Rotation>) -> Result<(), LedgerError> {
         self.change(|entry| entry.rotation = rotation)
+    }
+
+    /// Tells the others what to remove should this process not be able to.
+    pub(crate) fn set_groups(&self, groups: Vec<PathBuf>) -> Result<(), LedgerError> {
+        self.change(|entry| entry.groups = groups)
     }
 
     /// Tells the others what turns have gained.

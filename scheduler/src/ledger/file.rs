@@ -10,8 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{LedgerState, fault::point};
-use crate::sys;
+use tracing::info;
+
+use super::{LedgerEntry, LedgerState, fault::point};
+use crate::{enforce::clear_groups, sys};
 
 const NAME: &str = "sched-ledger.json";
 
@@ -106,6 +108,32 @@ impl Ledger {
     /// # Errors
     /// No place for it.
     pub fn open(path: Option<&Path>) -> Result<Self, LedgerError> {
+        let ledger = Self::find(path)?;
+        let directory = ledger.directory();
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(directory)
+            .map_err(|source| LedgerError::NoDirectory {
+                path: directory.to_owned(),
+                source,
+            })?;
+        Ok(ledger)
+    }
+
+    /// Removes what VMs whose process is gone have left: for those that start without a claim. Where there is no ledger, none is made.
+    ///
+    /// # Errors
+    /// No place for one, or it cannot be used.
+    pub fn clear_away(path: Option<&Path>) -> Result<(), LedgerError> {
+        let ledger = Self::find(path)?;
+        if ledger.load()?.entries.iter().all(|it| it.owner.is_alive()) {
+            return Ok(());
+        }
+        ledger.update(|_| Ok(()))
+    }
+
+    fn find(path: Option<&Path>) -> Result<Self, LedgerError> {
         let (path, scope) = match path {
             Some(path) => (path.to_owned(), Scope::Chosen),
             None if sys::is_root() => (Path::new("/run/rota").join(NAME), Scope::Host),
@@ -118,15 +146,6 @@ impl Ledger {
                 (runtime.join("rota").join(NAME), Scope::User)
             }
         };
-        let directory = directory_of(&path);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(directory)
-            .map_err(|source| LedgerError::NoDirectory {
-                path: directory.to_owned(),
-                source,
-            })?;
         Ok(Self { path, scope })
     }
 
@@ -176,7 +195,7 @@ impl Ledger {
     }
 
     /// Changes it: `change` sees what is in it, without what belongs to processes that are gone, and what it leaves is written,
-    /// unless it fails.
+    /// unless it fails. The control groups of those that are gone are removed first.
     ///
     /// # Errors
     /// It is damaged, newer, locked, or cannot be written; or what `change` fails with.
@@ -188,7 +207,16 @@ impl Ledger {
         point();
         let before = self.load()?;
         let mut state = before.clone();
-        state.reap();
+        for gone in state.reap() {
+            for group in clear_groups(&gone.owner, &gone.groups) {
+                info!(
+                    "control group {} of {}, whose process {} is gone: removed",
+                    group.display(),
+                    gone.plan.request.vm,
+                    gone.owner.pid
+                );
+            }
+        }
         point();
         let result = change(&mut state)?;
         if state != before {
@@ -297,9 +325,11 @@ impl Ledger {
 }
 
 impl LedgerState {
-    /// Drops what belongs to processes that are gone.
-    fn reap(&mut self) {
-        self.entries.retain(|entry| entry.owner.is_alive());
+    /// Drops what belongs to processes that are gone, and returns it.
+    fn reap(&mut self) -> Vec<LedgerEntry> {
+        self.entries
+            .extract_if(.., |entry| !entry.owner.is_alive())
+            .collect()
     }
 }
 

@@ -1,5 +1,7 @@
 //! The ledger as data: what is written in the file and what [`crate::plan()`] reads.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{VmId, VmPlan};
@@ -23,6 +25,10 @@ pub struct LedgerEntry {
     /// How it takes turns with the VMs on its CPUs, if it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rotation: Option<Rotation>,
+    /// Directories of its control groups, written down before they are made: whoever drops the entry of a process that is gone removes
+    /// them, wherever they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<PathBuf>,
 }
 
 /// How a VM takes turns: what the others need to know in order to find out whose turn it is without asking.

@@ -350,3 +350,79 @@ fn a_crowd_with_deaths_in_it_shares_no_cpu() {
     assert!(ledger.read().unwrap().entries.is_empty());
     assert!(total >= 13);
 }
+
+/// The entry of a VM whose process is gone, with groups of these names in `directory`.
+fn left_behind(vm: &str, directory: &Path, names: &[&str]) -> LedgerEntry {
+    let mut owner = owner();
+    owner.start_time += 1;
+    let groups = names.iter().map(|name| {
+        let name = name.replace("OWNER", &format!("{}-{}", owner.pid, owner.start_time));
+        let path = directory.join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    });
+    LedgerEntry {
+        groups: groups.collect(),
+        plan: dedicated(vm, 0),
+        rotation: None,
+        owner,
+    }
+}
+
+#[test]
+fn groups_of_the_dead_go_with_their_entries() {
+    let scratch = Scratch::new("groups");
+    let ledger = scratch.ledger();
+    let elsewhere = scratch.0.join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let names = [
+        "rota-a-OWNER.vcpu",
+        "rota-a-OWNER.helpers",
+        "somebody.slice",
+    ];
+    let dead = left_behind("a", &elsewhere, &names);
+    let groups = dead.groups.clone();
+    let there = || groups.iter().map(|path| path.exists()).collect::<Vec<_>>();
+    let add = |entry: &LedgerEntry| {
+        let text = format!(
+            "{{\"version\": 1, \"entries\": [{}]}}",
+            serde_json::to_string(entry).unwrap()
+        );
+        fs::write(ledger.path(), text).unwrap();
+    };
+    add(&dead);
+    // Whoever only reads touches nothing.
+    assert_eq!(ledger.read().unwrap().entries, []);
+    assert_eq!(there(), [true; 3]);
+    let claim = ledger
+        .claim(owner(), |state| Ok(first_free("b", state)))
+        .unwrap();
+    assert_eq!(
+        there(),
+        [false, false, true],
+        "what has another name is not its own"
+    );
+    drop(claim);
+    // A machine without a claim clears away, too, and writes nothing where nothing is to be done.
+    fs::create_dir(&groups[0]).unwrap();
+    add(&dead);
+    Ledger::clear_away(Some(ledger.path())).unwrap();
+    assert!(!groups[0].exists());
+    assert!(ledger.read().unwrap().entries.is_empty());
+    let none = scratch.0.join("none/ledger.json");
+    Ledger::clear_away(Some(&none)).unwrap();
+    assert!(!scratch.0.join("none").exists());
+}
+
+#[test]
+fn an_entry_without_groups_is_as_it_always_was() {
+    let entry = LedgerEntry {
+        owner: owner(),
+        plan: dedicated("a", 0),
+        rotation: None,
+        groups: Vec::new(),
+    };
+    let text = serde_json::to_string(&entry).unwrap();
+    assert!(!text.contains("groups"), "{text}");
+    assert_eq!(serde_json::from_str::<LedgerEntry>(&text).unwrap(), entry);
+}
