@@ -13,7 +13,9 @@ use serde_json::{Value, json};
 use super::{Criterion, Experiment, Metric, Outcome, Plot, Settings, Variant, undisturbed};
 use crate::{Result, protocol::Results, vps::beside};
 
-/// Name, options of softmshv, the right verdict.
+/// Name, options of softmshv, the right verdict. That a partition is an L1VH, where Linux' scheduling is called integrated, CPUID tells
+/// on the real hypervisor; over softmshv only the declaration does. Where that cannot be asked, `root` is what is left for "Linux
+/// schedules", and right: what can be done about VPs is the same.
 const DEVICES: [(&str, &[&str], &str); 7] = [
     ("root", &["--scheduler", "root"], "root"),
     ("integrated", &["--scheduler", "integrated"], "integrated"),
@@ -54,12 +56,23 @@ pub(super) fn experiment(_settings: &Settings) -> Experiment {
             .iter()
             .map(|(name, options, expected)| Variant {
                 name: (*name).into(),
-                how: format!("softmshv {}; {expected} is right", options.join(" ")),
+                how: format!("softmshv {}; {expected} is right{}", options.join(" "), why(options, expected)),
                 run: Box::new(move |_| undisturbed(|| once(options, expected))),
             })
             .collect(),
         criteria,
         plot: Plot::Bars("ms"),
+    }
+}
+
+/// Where the right verdict is not the name of what was started.
+fn why(options: &[&str], expected: &str) -> &'static str {
+    match expected {
+        "root" if options.contains(&"integrated") => {
+            " (VPs are seen to run on their threads, so Linux schedules; that it is called integrated here only the declaration could tell, \
+             and what can be done is the same)"
+        }
+        _ => "",
     }
 }
 
@@ -100,28 +113,92 @@ pub(super) fn inside() -> Result<()> {
     Ok(())
 }
 
+/// Fewer detections of each device prove nothing.
+const ENOUGH: usize = 1000;
+
 fn criteria(results: &Results) -> Vec<Criterion> {
-    let samples: Vec<_> = results
-        .samples
-        .iter()
-        .filter(|sample| !sample.discarded)
-        .collect();
-    let metric = |key| {
-        samples
-            .iter()
-            .filter_map(move |sample| sample.outcome.metrics.get(key).copied())
-    };
+    let counted = || results.samples.iter().filter(|sample| !sample.discarded);
+    let metric = |key| counted().filter_map(move |sample| sample.outcome.metrics.get(key).copied());
     let wrong = metric("right").filter(|right| *right < 100.0).count();
     let worst = metric("ms").fold(0.0, f64::max);
-    let any = !samples.is_empty();
+    let of = |name: &str| counted().filter(|sample| sample.variant == name).count();
+    let least = DEVICES.iter().map(|(name, ..)| of(name)).min();
+    let judge = |what: String, value: f64, is_met: fn(f64) -> bool| {
+        let runs = least.unwrap_or(0);
+        let mut criterion = Criterion::number(what, Some(value), is_met);
+        if runs < ENOUGH && criterion.met == Some(true) {
+            criterion.met = None;
+            criterion.measured = format!(
+                "{} so far; not judged: {runs} of {ENOUGH} runs of each device",
+                criterion.measured
+            );
+        }
+        criterion
+    };
     vec![
-        Criterion::number(
-            format!("wrong verdicts in {} detections = 0", samples.len()),
-            any.then_some(wrong as f64),
+        judge(
+            format!(
+                "wrong verdicts in {} detections, {ENOUGH} of each device at least, = 0",
+                counted().count()
+            ),
+            wrong as f64,
             |wrong| wrong == 0.0,
         ),
-        Criterion::number("the longest ≤ 500 ms", any.then_some(worst), |ms| {
-            ms <= LIMIT_MS
-        }),
+        judge("the longest ≤ 500 ms".into(), worst, |ms| ms <= LIMIT_MS),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::protocol::Sample;
+
+    fn results(of_each: u32, wrong: bool) -> Results {
+        let sample = |name: &str, round, right| {
+            let mut outcome = Outcome::default();
+            outcome.metrics.insert("right", right);
+            outcome.metrics.insert("ms", 200.0);
+            Sample {
+                variant: name.into(),
+                round,
+                discarded: false,
+                outcome,
+            }
+        };
+        let mut samples: Vec<_> = (0..of_each)
+            .flat_map(|round| DEVICES.map(|(name, ..)| sample(name, round, 100.0)))
+            .collect();
+        if wrong {
+            samples.push(sample("core", of_each, 0.0));
+        }
+        Results {
+            rounds: of_each,
+            seconds: 0.0,
+            samples,
+            missing: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn few_detections_do_not_pass_but_a_wrong_one_fails() {
+        let met = |results: &Results| {
+            criteria(results)
+                .iter()
+                .map(|it| it.met)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(met(&results(1000, false)), [Some(true); 2]);
+        assert_eq!(met(&results(1000, true)), [Some(false), Some(true)]);
+        assert_eq!(met(&results(15, false)), [None; 2]);
+        assert_eq!(met(&results(15, true)), [Some(false), None]);
+        assert_eq!(met(&results(0, false)), [None; 2]);
+        let few = criteria(&results(15, false));
+        assert!(
+            few[0].line().contains("not judged: 15 of 1000 runs"),
+            "{}",
+            few[0].line()
+        );
+    }
 }
