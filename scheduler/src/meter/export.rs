@@ -53,7 +53,12 @@ const COUNTERS: &[Counter] = &[
         false,
         |vcpu| &vcpu.migrations,
     ),
-    ("halts", "Times the vCPU halted.", false, |vcpu| &vcpu.halts),
+    (
+        "halts",
+        "Times the vCPU halted; where Linux schedules and the hypervisor's counters cannot be read, times its thread went to sleep, an upper bound.",
+        false,
+        |vcpu| &vcpu.halts,
+    ),
     (
         "long_spins",
         "Times the guest told the hypervisor that it spins for long.",

@@ -120,7 +120,8 @@ pub struct VcpuMeter {
     pub involuntary_switches: Metered,
     /// Moves to another CPU.
     pub migrations: Metered,
-    /// Times it halted.
+    /// Times it halted. Where Linux schedules and the hypervisor's counters cannot be read: times its thread went to sleep, which a
+    /// halt makes it do; so does a device that makes it wait.
     pub halts: Metered,
     /// Time it neither ran nor wanted to.
     pub halted_ns: Metered,

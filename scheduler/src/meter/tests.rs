@@ -292,6 +292,7 @@ fn prometheus_gets_whole_families() {
         "rota_vcpu_exits_total{vm=\"vm\",vcpu=\"1\",kind=\"port_read\"} 1",
         "rota_vm_kick_to_run_seconds_bucket{vm=\"vm\",le=\"+Inf\"} 1",
         "rota_vm_kick_to_run_seconds_count{vm=\"vm\"} 1",
+        "# HELP rota_vcpu_halts_total Times the vCPU halted; where Linux schedules",
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
