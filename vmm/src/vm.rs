@@ -59,6 +59,9 @@ pub enum VmError {
     /// A thread cannot be where it should be.
     #[error(transparent)]
     Scheduling(#[from] SchedulingError),
+    /// A VP's thread was lost.
+    #[error("the thread of a VP ended before the VP ran")]
+    VpGone,
     /// The host has no more of something.
     #[error("cannot create {what}")]
     Host {
@@ -91,6 +94,17 @@ struct Gate {
     arrived: mpsc::Sender<(u32, Tid)>,
     /// Nothing comes when the machine is not to start after all.
     go: mpsc::Receiver<()>,
+}
+
+impl Gate {
+    /// Announces the calling thread and waits. May the VP run?
+    fn pass(self, vp: u32) -> bool {
+        let Self { arrived, go } = self;
+        let _ = arrived.send((vp, Tid::current()));
+        // Whoever counts those that arrive waits for as long as somebody may.
+        drop(arrived);
+        go.recv().is_ok()
+    }
 }
 
 impl Prepared {
@@ -137,8 +151,14 @@ impl Prepared {
             vm.spawn(vp, Some(gate), meter)?;
             waiting.push(go);
         }
-        for (index, thread) in arrivals.iter().take(waiting.len()) {
+        drop(arrived);
+        let mut here = 0;
+        for (index, thread) in &arrivals {
             placed.adopt(index, thread)?;
+            here += 1;
+        }
+        if here < waiting.len() {
+            return Err(VmError::VpGone);
         }
         placed.look_after()?;
         for go in waiting {
@@ -305,11 +325,8 @@ impl Vm {
         let thread = thread::Builder::new()
             .name(format!("vcpu{}", vp.index()))
             .spawn(move || {
-                if let Some(gate) = gate {
-                    let _ = gate.arrived.send((vp.index(), Tid::current()));
-                    if gate.go.recv().is_err() {
-                        return;
-                    }
+                if gate.is_some_and(|gate| !gate.pass(vp.index())) {
+                    return;
                 }
                 let watch = meter.map(|meter| {
                     meter.attach();
@@ -458,5 +475,26 @@ impl Default for Totals {
 fn add(map: &mut BTreeMap<&'static str, u64>, name: &'static str, count: u64) {
     if count > 0 {
         *map.entry(name).or_default() += count;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vp_thread_that_never_arrives_is_not_waited_for() {
+        let (arrived, arrivals) = mpsc::channel();
+        let (_go, gate) = mpsc::channel();
+        let waits = Gate {
+            arrived: arrived.clone(),
+            go: gate,
+        };
+        // Ends when `_go` does.
+        thread::spawn(move || waits.pass(0));
+        let (_go, gate) = mpsc::channel::<()>();
+        let lost = Gate { arrived, go: gate };
+        thread::spawn(move || drop(lost));
+        assert_eq!(arrivals.iter().count(), 1, "and there is no third");
     }
 }
