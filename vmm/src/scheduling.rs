@@ -249,7 +249,7 @@ impl Placed<'_> {
     pub fn look_after(&mut self) -> Result<(), SchedulingError> {
         let claim = self.claim;
         self.rotator = Rotator::start(&self.enforcer, claim, self.signal.take())?;
-        let tell = |event| warn!("scheduling: {event:?}");
+        let tell = |event| warn!("scheduling: {event}");
         let options = ReconcileOptions {
             mode: Some(ModeCheck::new(self.device.as_fd(), self.detection)?),
             ..ReconcileOptions::default()

@@ -118,7 +118,7 @@ pub enum AdoptError {
         planned: usize,
     },
     /// The kernel refuses something it took when it was rehearsed.
-    #[error("{role:?}: {what}")]
+    #[error("{role}: cannot {what}")]
     Kernel {
         /// The thread's role.
         role: ThreadRole,
@@ -148,7 +148,7 @@ pub enum AdoptError {
 /// // And while the VM runs:
 /// let turns = Rotator::start(&enforcer, &claim, None)?;
 /// let care = Reconciler::start(&enforcer, Some(&claim), ReconcileOptions::default(), |event| {
-///     eprintln!("{event:?}");
+///     eprintln!("{event}");
 /// })?;
 /// # Ok(())
 /// # }

@@ -20,5 +20,6 @@ mod remap;
 mod tests;
 mod truce;
 mod watcher;
+mod words;
 
 pub use watcher::{OnLost, ReconcileEvent, ReconcileOptions, Reconciler};
