@@ -2,7 +2,7 @@
 
 use crate::{
     Effect, EnforceOptions, Enforcer, Host, LedgerState, Outcome, Owner, PartitionProperties,
-    Request, VmId, VmPolicy, plan,
+    Request, VmId, VmPolicy, meter::guests_tell, plan,
 };
 
 /// Every kind of request: the control its effect carries, an example in short, and the policy that asks for it. Classes above
@@ -40,7 +40,7 @@ pub fn rehearse(host: &Host, partition: Option<&dyn PartitionProperties>) -> Vec
         .map(|(control, requested, sched)| Effect {
             control: (*control).to_owned(),
             requested: (*requested).to_owned(),
-            outcome: outcome(host, partition, control, sched),
+            outcome: outcome(host, partition, control, sched, guests_tell()),
         })
         .collect()
 }
@@ -50,6 +50,7 @@ fn outcome(
     partition: Option<&dyn PartitionProperties>,
     control: &str,
     sched: &str,
+    guest_tells: bool,
 ) -> Outcome {
     let rejected = |why: String| Outcome::Rejected { why };
     let policy: VmPolicy = match sched.parse() {
@@ -80,6 +81,7 @@ fn outcome(
     };
     let options = EnforceOptions {
         partition,
+        guest_tells,
         whole_process: false,
         best_effort: true,
         ..EnforceOptions::new(owner)
@@ -142,6 +144,21 @@ mod tests {
         }
         // Nobody has a partition to ask.
         assert!(matches!(of(&effects, "weight"), Outcome::Advisory { .. }));
+    }
+
+    #[test]
+    fn an_adaptive_gang_is_judged_where_guests_tell() {
+        let host = Host {
+            mode: SchedMode::Root,
+            ..HostSpec::default().build()
+        };
+        let outcome = |tells| outcome(&host, None, "gang", "gang=adaptive", tells);
+        if matches!(outcome(true), Outcome::Rejected { .. }) {
+            rota_tests::requires::skip("no lever works here");
+            return;
+        }
+        let untold = |outcome: &Outcome| outcome.to_string().contains("nobody tells");
+        assert!(untold(&outcome(false)) && !untold(&outcome(true)));
     }
 
     #[test]

@@ -74,6 +74,9 @@ struct Scheduler {
     mode: SchedMode,
     /// How long it took to find out.
     took_ms: f64,
+    /// Why the hypervisor, which schedules, cannot be asked what it gives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unasked: Option<String>,
 }
 
 impl Doctor {
@@ -99,9 +102,13 @@ impl Doctor {
         host.mode = mode;
         let partition = match &device {
             Ok(device) if mode.hypervisor_schedules() => {
-                ProbePartition::create(device.as_fd()).ok()
+                Some(ProbePartition::create(device.as_fd()))
             }
             _ => None,
+        };
+        let (partition, unasked) = match partition.transpose() {
+            Ok(partition) => (partition, None),
+            Err(error) => (None, Some(error.to_string())),
         };
         let asked = partition
             .as_ref()
@@ -118,6 +125,7 @@ impl Doctor {
                 detection,
                 mode,
                 took_ms,
+                unasked,
             },
             host,
         })

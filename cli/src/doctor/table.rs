@@ -73,6 +73,10 @@ impl Page {
                 report.scheduler.mode
             ));
         }
+        if let Some(why) = &report.scheduler.unasked {
+            let why = self.paint(RED, &format!("cannot be asked what it gives: {why}"));
+            self.line(&format!("hypervisor  {why}"));
+        }
         if let Some(ppm) = detection.residual_steal_ppm {
             let share = f64::from(ppm) / 1e4;
             self.line(&format!(
@@ -218,4 +222,37 @@ fn words(outcome: &Outcome) -> (&'static str, &'static str, String) {
 /// So many of something.
 fn count(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, time::Duration};
+
+    use super::*;
+    use crate::doctor::{Device, Scheduler};
+
+    #[test]
+    fn why_the_hypervisor_cannot_be_asked_is_shown() {
+        let refused = io::Error::from(io::ErrorKind::PermissionDenied);
+        let detection = scheduler::examine(Err(&refused), Duration::ZERO);
+        let report = Report {
+            device: Device {
+                path: "/dev/mshv",
+                usable: true,
+                problem: None,
+            },
+            scheduler: Scheduler {
+                meaning: detection.verdict.meaning(),
+                mode: SchedMode::Core,
+                took_ms: 1.0,
+                unasked: Some("creating a partition: no memory".into()),
+                detection,
+            },
+            host: scheduler::HostSpec::default().build(),
+            effects: Vec::new(),
+        };
+        let text = of(&report, false);
+        let line = "hypervisor  cannot be asked what it gives: creating a partition: no memory\n";
+        assert!(text.contains(line), "{text}");
+    }
 }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -13,7 +12,7 @@ use super::{
     clock,
     histogram::Latency,
     hypervisor::{self, DEBUGFS, RunTimes, VpCounts, VpStats},
-    spins::LongSpins,
+    spins::{self, LongSpins},
     threads::{ThreadCounts, ThreadFiles},
     vp::VpMeter,
 };
@@ -195,7 +194,9 @@ impl Meter {
             partition_id,
             ..
         } = &self.options;
-        fs::read_dir(debugfs.join("mshv/partition")).ok()?;
+        if !spins::are_counted(debugfs) {
+            return None;
+        }
         let signal = LongSpins::new(self.vps.clone(), debugfs.clone(), *partition_id);
         Some(Box::new(signal))
     }

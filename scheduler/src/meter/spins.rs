@@ -4,10 +4,19 @@
 //! when the vCPU that has the lock is not running. Less of that with turns than without is what turns are for. A guest that does not know
 //! the hypervisor never calls, and turns stay off.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use super::{hypervisor::VpStats, vp::VpMeter};
 use crate::GangSignal;
+
+/// May this process read the hypervisor's counters at all, below `debugfs`?
+pub(super) fn are_counted(debugfs: &Path) -> bool {
+    fs::read_dir(debugfs.join("mshv/partition")).is_ok()
+}
 
 /// The hypervisor's counters of all VPs of one VM.
 pub(super) struct LongSpins {
