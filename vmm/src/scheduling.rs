@@ -15,7 +15,8 @@ use scheduler::{
     AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, GangSignal, Host,
     HostError, Ledger, LedgerError, Meter, MeterOptions, ModeCheck, NeedsForce, Outcome, Owner,
     PartitionProperties, ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator,
-    RotatorError, RunTimes, SchedMode, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy, plan,
+    RotatorError, RunTimes, SchedMode, Scope, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy,
+    plan,
 };
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
@@ -284,8 +285,25 @@ impl Placed<'_> {
     /// What became of each request, as things stand now.
     #[must_use]
     pub fn effects(&self) -> Vec<Effect> {
-        self.enforcer.effects()
+        let mut effects = self.enforcer.effects();
+        effects.extend(known_of(self.claim.ledger()));
+        effects
     }
+}
+
+/// That others' machines may be given the same CPUs, where it is so: root and each user have ledgers of their own.
+fn known_of(ledger: &Ledger) -> Option<Effect> {
+    (ledger.scope() == Scope::User).then(|| Effect {
+        control: "ledger".into(),
+        requested: "machines of this host".into(),
+        outcome: Outcome::Advisory {
+            why: format!(
+                "{} knows this user's machines alone: those of root and of other users know nothing of this one's CPUs, nor it of \
+                 theirs; --ledger names one that all can use",
+                ledger.path().display()
+            ),
+        },
+    })
 }
 
 /// The plan and what came of it, as a table.
@@ -328,5 +346,21 @@ impl PartitionProperties for Partition {
 
     fn is_shown_threads(&self) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_users_own_ledger_is_told_of() {
+        let chosen = std::env::temp_dir().join(format!("rota-scope-{}.json", std::process::id()));
+        let chosen = Ledger::open(Some(&chosen)).expect("a ledger");
+        assert_eq!(known_of(&chosen), None);
+        if let Ok(own) = Ledger::open(None) {
+            let told = known_of(&own);
+            assert_eq!(told.is_some(), own.scope() == Scope::User, "{told:?}");
+        }
     }
 }
