@@ -3,6 +3,7 @@
 mod colour;
 mod doctor;
 mod generate;
+mod logging;
 mod plan;
 mod run;
 
@@ -34,6 +35,8 @@ const CRASHED: u8 = 3;
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    logging: logging::Logging,
 }
 
 #[derive(Subcommand)]
@@ -55,13 +58,10 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(complain(&error)),
     };
-    tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_max_level(tracing::Level::WARN)
-        .with_target(false)
-        .with_ansi(colour::wanted(&io::stderr()))
-        .without_time()
-        .init();
+    if let Err(error) = cli.logging.begin() {
+        say(error);
+        return ExitCode::from(FAILURE);
+    }
     match cli.command {
         Command::Run(run) => ExitCode::from(run.run()),
         Command::Doctor(doctor) => ExitCode::from(doctor.run()),

@@ -10,6 +10,7 @@ use std::{
 };
 
 use devices::{power::PowerRequest, serial::Serial};
+use tracing::info;
 use vcpu::Crash;
 
 use crate::{
@@ -115,6 +116,13 @@ pub fn run(
     let capabilities = detection.capabilities;
     // What there is to say, once nothing can be wrong any more.
     let mut announcement = format!("{detection}\n");
+    info!("{detection}");
+    for evidence in &detection.evidence {
+        info!(
+            "evidence: {}: {} ({})",
+            evidence.source, evidence.value, evidence.meaning
+        );
+    }
     let scheduling = Scheduling::begin(&config, &detection)?;
     report.scheduler = Some(detection);
     let metrics = config.scheduling.metrics.clone();
@@ -181,10 +189,13 @@ pub fn run(
             }
             None => None,
         };
+        let plan = placed.as_ref().map(Placed::to_string).unwrap_or_default();
+        for line in plan.lines() {
+            info!("{line}");
+        }
         if let Some(announcement) = announcement.take() {
-            let plan = placed.as_ref().map(Placed::to_string);
             // Whoever read standard error may be gone, and the machine runs all the same.
-            let _ = write!(io::stderr(), "{announcement}{}", plan.unwrap_or_default());
+            let _ = write!(io::stderr(), "{announcement}{plan}");
         }
         let mut vm = vm.start(placed.as_mut())?;
         state.advance(State::Running)?;
