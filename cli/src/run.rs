@@ -113,7 +113,9 @@ impl Run {
                 (CRASHED, "crashed")
             }
             Err(error) => {
-                say(explained(error));
+                let error = explained(error);
+                say(&error);
+                report.error = Some(error);
                 (FAILURE, "error")
             }
         };

@@ -172,10 +172,14 @@ sched_tests! {
         let vcpu = &report["metering"]["vcpus"][0];
         assert!(vcpu["run_ns"].as_u64().is_some_and(|ns| ns > 1_000_000), "{vcpu}");
         assert!(vcpu["wait_ns"]["unmetered"].is_string(), "nobody can tell: {vcpu}");
-        let mut refused = machine(core(), &ledger, &["--sched", "gang=soft:20ms"]);
+        let mut refused = machine(core(), &ledger, &["--sched", "gang=soft:20ms", "--report", &file.display().to_string()]);
         assert_eq!(refused.wait().code(), Some(1), "{}", refused.printed());
         let printed = refused.printed();
         assert!(printed.contains("the hypervisor schedules the VPs here (core), and gang=soft:20ms"), "{printed}");
+        let text = fs::read_to_string(&file).expect("the report of a refused start");
+        let told: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(told["scheduler"]["verdict"], "core", "{text}");
+        assert!(told["error"].as_str().is_some_and(|error| printed.contains(error)), "{text}");
         assert_eq!(ledger.machines(), [""; 0]);
     }
 

@@ -123,8 +123,9 @@ pub fn run(
             evidence.source, evidence.value, evidence.meaning
         );
     }
+    // Also for whoever is refused.
+    report.scheduler = Some(detection.clone());
     let scheduling = Scheduling::begin(&config, &detection)?;
-    report.scheduler = Some(detection);
     let metrics = config.scheduling.metrics.clone();
     let mut metrics = metrics
         .as_deref()
@@ -185,7 +186,9 @@ pub fn run(
         let partition = vm.partition();
         let mut placed = match &scheduling {
             Some(scheduling) => {
-                Some(scheduling.place(&device, &partition, report.metering.take(), vm.bound())?)
+                let before = report.metering.take();
+                let placed = scheduling.place(&device, &partition, before, vm.bound());
+                Some(placed.inspect_err(|error| report.effects = error.effects())?)
             }
             None => None,
         };

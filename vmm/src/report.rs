@@ -17,6 +17,8 @@ pub struct Report {
     boots: u64,
     totals: Totals,
     vmm_overhead_kib: Option<u64>,
+    /// Why it ended, if it was by an error of the VMM.
+    pub error: Option<String>,
     /// Who schedules the VPs.
     pub scheduler: Option<scheduler::Detection>,
     /// Where and when its vCPUs were to run, if that was asked for.
@@ -30,6 +32,8 @@ pub struct Report {
 #[derive(Serialize)]
 struct Json<'a> {
     ended: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: &'a Option<String>,
     vcpus: u32,
     boots: u64,
     times_ms: &'a BTreeMap<&'static str, f64>,
@@ -62,6 +66,7 @@ impl Report {
             boots: 0,
             totals: Totals::default(),
             vmm_overhead_kib: None,
+            error: None,
             scheduler: None,
             plan: None,
             effects: None,
@@ -101,6 +106,7 @@ impl Report {
         let totals = &self.totals;
         let json = Json {
             ended,
+            error: &self.error,
             vcpus,
             boots: self.boots,
             times_ms: &self.times_ms,

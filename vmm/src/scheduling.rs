@@ -85,6 +85,17 @@ pub enum SchedulingError {
     Io(#[from] io::Error),
 }
 
+impl SchedulingError {
+    /// What would have become of each request, where that is why.
+    #[must_use]
+    pub fn effects(&self) -> Option<Vec<Effect>> {
+        match self {
+            Self::Refused(refused) => Some(refused.effects.clone()),
+            _ => None,
+        }
+    }
+}
+
 /// A refusal in one line: what binds, and what could be had instead.
 fn claim_line(error: &ClaimError) -> String {
     match error {
