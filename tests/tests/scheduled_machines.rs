@@ -198,6 +198,25 @@ sched_tests! {
         assert_eq!(groups(), BTreeSet::new());
     }
 
+    /// Wherever it starts: where the hypervisor schedules no groups are made, and a machine without a policy asks for none.
+    fn a_killed_machine_is_cleared_away_by_any_other() {
+        let ledger = Ledger::new("killed-any");
+        for (launcher, policy) in [(core(), &["--sched", "weight=200"][..]), (child::rota(), &[])] {
+            let mut killed = machine(child::rota(), &ledger, &["--cpus", "boot=2", "--sched", "placement=dedicated,weight=200", "--name", "killed"]);
+            killed.wait_for_init();
+            let made = groups();
+            assert_ne!(made, BTreeSet::new());
+            killed.signal(libc::SIGKILL);
+            killed.wait();
+            let mut next = machine(launcher, &ledger, policy);
+            next.wait_for_init();
+            assert_eq!(groups(), BTreeSet::new(), "all of {made:?} is gone");
+            next.signal(libc::SIGTERM);
+            assert_eq!(next.wait().code(), Some(0), "{}", next.printed());
+            assert_eq!(ledger.machines(), [""; 0]);
+        }
+    }
+
     fn metrics_are_there_while_it_runs_and_gone_afterwards() {
         let ledger = Ledger::new("metrics");
         let file = ledger.0.join("vm.prom");
