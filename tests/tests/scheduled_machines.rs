@@ -183,6 +183,43 @@ sched_tests! {
         assert_eq!(ledger.machines(), [""; 0]);
     }
 
+    /// Somebody insists that Linux schedules where it does not: nothing is enforced by that, and the thread's time is not the VP's.
+    fn what_is_forced_is_in_doubt_and_metered_as_it_is() {
+        let ledger = Ledger::new("forced");
+        let [report, log] = ["report.json", "log"].map(|file| ledger.0.join(file));
+        let [report_path, log_path] = [&report, &log].map(|file| file.display().to_string());
+        let forced = ["--sched", "weight=200", "--sched-mode", "root", "--sched-mode-force"];
+        let told = ["--report", &report_path, "-v", "--log-file", &log_path];
+        let mut vm = machine(core(), &ledger, &[forced, told].concat());
+        vm.wait_for("whatever --sched-mode=root says");
+        vm.wait_for_init();
+        vm.signal(libc::SIGTERM);
+        assert_eq!(vm.wait().code(), Some(0), "{}", vm.printed());
+        let text = fs::read_to_string(&report).expect("the report");
+        let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(report["plan"]["mode"], "root", "{text}");
+        let effects = report["effects"].to_string();
+        assert!(effects.contains("advisory") && !effects.contains("enforced"), "{effects}");
+        assert_eq!(report["metering"]["mode"], "core", "{text}");
+        let vcpu = &report["metering"]["vcpus"][0];
+        assert!(vcpu["run_ns"].as_u64().is_some_and(|ns| ns > 1_000_000), "the register says it: {vcpu}");
+        assert!(vcpu["wait_ns"]["unmetered"].is_string(), "{vcpu}");
+        // What was decided and why is in the log, too.
+        let log = fs::read_to_string(&log).expect("the log");
+        for line in ["evidence: ", "plan for ", "  weight "] {
+            assert!(log.contains(line), "{line}: {log}");
+        }
+        // Who will have nothing that is only advisory is refused, and the report says what would have become of it.
+        let strict = ["--sched", "weight=200,strict=on", "--sched-mode", "root", "--sched-mode-force", "--report", &report_path];
+        let mut refused = machine(core(), &ledger, &strict);
+        assert_eq!(refused.wait().code(), Some(1), "{}", refused.printed());
+        let text = fs::read_to_string(&report_path).expect("the report of a refused start");
+        let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!((&report["ended"], &report["scheduler"]["verdict"]), (&"error".into(), &"core".into()), "{text}");
+        assert!(report["effects"].to_string().contains("advisory"), "{text}");
+        assert!(report["error"].as_str().is_some_and(|error| error.contains("whatever --sched-mode")), "{text}");
+    }
+
     /// What a killed machine leaves is removed by the next one that starts.
     fn a_killed_machine_is_cleared_away_by_the_next() {
         let ledger = Ledger::new("killed");
