@@ -160,25 +160,28 @@ fn who_writes_to_our_cpuset_is_told_of_and_given_in_to_at_last() {
     enforcer.adopt(ThreadRole::Vcpu(0), body.tid).unwrap();
     let (_reconciler, told) = start(&enforcer);
     let cpus = group.join("cpuset.cpus");
-    for _ in 0..3 {
+    let begun = Instant::now();
+    let mut regrouped = 0;
+    // The group and the thread may be put right one after the other, and count as two.
+    'fight: loop {
+        assert!(begun.elapsed() < SOON, "it is not given in to");
         fs::write(&cpus, second.to_string()).unwrap();
         loop {
-            let (_, event) = told.recv_timeout(SOON).unwrap();
-            match event {
-                ReconcileEvent::Regrouped => break,
+            match told.recv_timeout(SOON).unwrap().1 {
+                ReconcileEvent::Truce { .. } => break 'fight,
+                ReconcileEvent::Regrouped => {
+                    regrouped += 1;
+                    break;
+                }
                 ReconcileEvent::Corrected { .. } => {}
                 other => panic!("{other:?}"),
             }
         }
-        let begun = Instant::now();
         while sys::affinity(body.tid).unwrap() != CpuSet::one(first) {
             assert!(begun.elapsed() < SOON, "it is not put back");
         }
     }
-    while !matches!(
-        told.recv_timeout(SOON).unwrap().1,
-        ReconcileEvent::Truce { .. }
-    ) {}
+    assert!(regrouped > 0);
     fs::write(&cpus, second.to_string()).unwrap();
     thread::sleep(Duration::from_millis(100));
     assert_eq!(
