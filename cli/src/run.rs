@@ -8,7 +8,7 @@ use vmm::{
     api::ApiSocket,
     config::{
         BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig,
-        PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+        PayloadConfig, PmemConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
     },
     control::{self, Ended, RunError},
     partition::PartitionError,
@@ -54,7 +54,7 @@ pub(crate) struct Run {
         long,
         value_name = "OPTIONS",
         default_value = "size=512M",
-        help = "Guest memory: size=SIZE[,shared=on|off][,hugepages=on|off], sizes as 512M or 2G"
+        help = "Guest memory: size=SIZE[,shared=on|off][,hugepages=on|off][,hotplug_method=virtio-mem,hotplug_size=SIZE[,hotplugged_size=SIZE]], sizes as 512M or 2G"
     )]
     memory: MemoryConfig,
     /// Serial port: tty, file=PATH, pty, off (none at all) or null (one that prints nowhere)
@@ -102,6 +102,7 @@ impl Run {
             watchdog: self.devices.watchdog,
             pvpanic: self.devices.pvpanic,
             fs: self.devices.fs,
+            pmem: self.devices.pmem,
             scheduling,
         };
         let result = control::run(&config, self.api_socket.as_ref(), &mut report);
@@ -196,6 +197,13 @@ struct DeviceArguments {
         help = "A folder that virtiofsd serves, once for each: tag=NAME,socket=PATH[,num_queues=N][,queue_size=N][,id=NAME]"
     )]
     fs: Vec<FsConfig>,
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        help = "A file as persistent memory, once for each: file=PATH[,size=SIZE][,discard_writes=on|off][,id=NAME]"
+    )]
+    pmem: Vec<PmemConfig>,
 }
 
 #[derive(Args)]

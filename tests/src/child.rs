@@ -414,6 +414,16 @@ impl Drop for Background {
     }
 }
 
+/// virtiofsd, which serves `folder` at `socket`; `None` where there is none.
+#[must_use]
+pub fn virtiofsd(folder: &str, socket: &str) -> Option<Background> {
+    Background::start(
+        Command::new("virtiofsd")
+            .arg(format!("--socket-path={socket}"))
+            .args(["-o", &format!("source={folder},sandbox=chroot,cache=none")]),
+    )
+}
+
 /// Adds `run` with a kernel, the initramfs and a command line on the first serial port.
 #[must_use]
 pub fn run(command: Command, kernel: &str, cmdline: &str) -> Command {

@@ -6,12 +6,11 @@ use std::{
     net::TcpListener,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
-use rota_tests::child::{self, Background, Vmm};
+use rota_tests::child::{self, Vmm};
 use rota_tests::require;
 
 fn power_off(mut vmm: Vmm) {
@@ -180,15 +179,6 @@ fn a_panic_is_told() {
     vmm.wait_for("the guest's kernel has panicked");
 }
 
-/// virtiofsd, which serves `folder` at `socket`; `None` where there is none.
-fn virtiofsd(folder: &str, socket: &str) -> Option<Background> {
-    Background::start(
-        Command::new("virtiofsd")
-            .arg(format!("--socket-path={socket}"))
-            .args(["-o", &format!("source={folder},sandbox=chroot,cache=none")]),
-    )
-}
-
 #[test]
 fn a_folder_of_the_host_is_mounted() {
     require!(child::bootable());
@@ -196,7 +186,7 @@ fn a_folder_of_the_host_is_mounted() {
     let (tree, socket) = (format!("{folder}/tree"), format!("{folder}/socket"));
     fs::create_dir_all(&tree).expect("a folder");
     fs::write(format!("{tree}/from-host"), "hello guest\n").expect("a file");
-    let started = virtiofsd(&tree, &socket).ok_or("there is no virtiofsd".to_owned());
+    let started = child::virtiofsd(&tree, &socket).ok_or("there is no virtiofsd".to_owned());
     require!(&started);
     let mut vmm = Vmm::boot_with_drivers(&[
         "--memory",

@@ -125,6 +125,46 @@ fn a_network_comes_and_goes() {
 }
 
 #[test]
+fn a_folder_comes_and_goes() {
+    require!(child::bootable());
+    let folder = format!("/tmp/rota-hot-fs-{}", std::process::id());
+    let (tree, socket) = (format!("{folder}/tree"), format!("{folder}/socket"));
+    fs::create_dir_all(&tree).expect("a folder");
+    fs::write(format!("{tree}/from-host"), "hello guest\n").expect("a file");
+    let started = child::virtiofsd(&tree, &socket).ok_or("there is no virtiofsd".to_owned());
+    require!(&started);
+    let api = Api::new("hotplug-fs");
+    let mut vmm = Vmm::boot_with_drivers(&[
+        "--api-socket",
+        &api.option(),
+        "--memory",
+        "size=256M,shared=on",
+    ]);
+    vmm.guest_runs("true");
+    let before = descriptors(&vmm);
+    let device = json!({ "tag": "tree", "socket": &socket, "num_queues": 1, "queue_size": 256 });
+    let answer = api.put("vm.add-fs", &device);
+    assert_eq!(answer["id"], "_fs0");
+    let bdf = answer["bdf"].as_str().expect("an address").to_owned();
+    wait_until(
+        &mut vmm,
+        "mkdir -p /tree && mount -t virtiofs tree /tree 2>/dev/null",
+    );
+    assert_eq!(vmm.guest_runs("cat /tree/from-host"), "hello guest");
+    vmm.guest_runs("echo hello host >/tree/from-guest && umount /tree");
+    let written = fs::read_to_string(format!("{tree}/from-guest")).expect("the guest's file");
+    assert_eq!(written, "hello host\n");
+    api.put("vm.remove-device", &json!({ "id": "_fs0" }));
+    wait_until(&mut vmm, &format!("[ ! -e /sys/bus/pci/devices/{bdf} ]"));
+    let info = api.info();
+    assert_eq!(info["device_tree"]["_fs0"], Value::Null);
+    assert_eq!(info["config"]["fs"], json!([]));
+    assert_eq!(descriptors(&vmm), before, "something is left open");
+    power_off(vmm, &api);
+    let _ = fs::remove_dir_all(folder);
+}
+
+#[test]
 fn the_machine_is_resized_and_its_buttons_are_pressed() {
     require!(child::bootable());
     let api = Api::new("buttons");

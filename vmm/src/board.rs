@@ -26,7 +26,7 @@ use crate::{
     config::VmConfig,
     hvc::Hvc,
     interrupts::{PinRoutes, Routes},
-    layout,
+    layout::{self, MemoryLayout},
     partition::{Partition, PartitionError},
     peripherals::{self, PeripheralError, Plug},
 };
@@ -88,7 +88,7 @@ impl Board {
         partition: &Arc<Partition>,
         config: &VmConfig,
         memory: &GuestMemoryMmap,
-        ram: &[layout::Range],
+        layout: &MemoryLayout,
         console: Option<Box<dyn Write + Send>>,
         hvc: &Hvc,
         events: Events,
@@ -108,9 +108,10 @@ impl Board {
             Arc::clone(partition),
             Arc::clone(&routes),
             memory.clone(),
+            layout,
             Arc::clone(&pci),
         ));
-        peripherals::plug_all(&plug, config, hvc, &switch())?;
+        peripherals::plug_all(&plug, config, layout, hvc, &switch())?;
 
         let mut mmio = Bus::new("mmio");
         mmio.insert(
@@ -133,6 +134,7 @@ impl Board {
         )?;
 
         let mut ports = Bus::new("port");
+        let ram = &layout.ram;
         let (below, above) = (ram[0].length, ram.get(1).map_or(0, |range| range.length));
         ports.insert(
             layout::CMOS_PORT,

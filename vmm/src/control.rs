@@ -19,6 +19,7 @@ use crate::{
     config::{ConfigError, VmConfig},
     console::{Console, ConsoleError},
     hvc::{Hvc, HvcError},
+    memory::address_bits,
     metrics::MetricsFile,
     partition::{Device, PartitionError},
     report::Report,
@@ -465,15 +466,4 @@ fn poll(polls: &mut [libc::pollfd], timeout: Option<Duration>) -> Result<(), Run
         }
     }
     Ok(())
-}
-
-/// Width of a physical address on this host, in bits.
-fn address_bits() -> u32 {
-    const SIZES: u32 = 0x8000_0008;
-    let known = std::arch::x86_64::__cpuid(0x8000_0000).eax >= SIZES;
-    if known {
-        std::arch::x86_64::__cpuid(SIZES).eax & 0xff
-    } else {
-        36
-    }
 }

@@ -6,6 +6,7 @@
 //! 0x0010_0000  RAM: kernel, initramfs
 //! 0xc000_0000  hole: 32-bit PCI window, ECAM, IOAPIC, LAPIC        (3 GiB)
 //! 0x1_0000_0000 RAM: what did not fit below the hole               (4 GiB)
+//!   above that: memory that comes and goes, and behind it memory that belongs to devices, each from a multiple of 2 GiB on
 //! ```
 //!
 //! The addresses below 1 MiB are RAM that the memory map calls reserved, not a hole: kernels search this range for
@@ -123,7 +124,22 @@ pub enum LayoutError {
         /// The size asked for, in bytes.
         size: u64,
     },
+    /// Beyond what this host's processors can address.
+    #[error(
+        "{size} bytes, with what can be added, do not fit the host's {bits}-bit physical addresses"
+    )]
+    TooWide {
+        /// The size asked for, in bytes.
+        size: u64,
+        /// Width of a physical address on this host.
+        bits: u32,
+    },
 }
+
+/// What the areas above RAM begin on: the largest block in which Linux takes memory that is added to it.
+const AREA_ALIGNMENT: u64 = 2 << 30;
+/// The most address space that devices' memory gets: guests keep page tables free for not much more.
+const MOST_DEVICE_MEMORY: u64 = 1 << 40;
 
 /// Smallest guest memory, in bytes.
 pub const MIN_RAM: u64 = 16 << 20;
@@ -182,6 +198,57 @@ pub fn ram_ranges(size: u64) -> Result<Vec<Range>, LayoutError> {
         });
     }
     Ok(ranges)
+}
+
+/// Where a guest's memory lies, and what may be added to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryLayout {
+    /// RAM, as [`ram_ranges`] has it.
+    pub ram: Vec<Range>,
+    /// Memory that comes and goes in blocks, if there is any. The guest's memory map does not tell of it.
+    pub hotplug: Option<Range>,
+    /// Where devices may show the guest memory of their own; its length may be 0.
+    pub devices: Range,
+}
+
+impl MemoryLayout {
+    /// The layout for `size` bytes of RAM and up to `hotplug` bytes more, on a host with physical addresses of `address_bits`
+    /// bits.
+    ///
+    /// # Errors
+    /// As [`ram_ranges`], and when the addresses do not suffice.
+    pub fn new(size: u64, hotplug: u64, address_bits: u32) -> Result<Self, LayoutError> {
+        let ram = ram_ranges(size)?;
+        let limit = 1u64.checked_shl(address_bits).unwrap_or(u64::MAX);
+        let too_wide = LayoutError::TooWide {
+            size: size.saturating_add(hotplug),
+            bits: address_bits,
+        };
+        let ram_end = ram.last().map_or(0, Range::end);
+        if ram_end > limit {
+            return Err(too_wide);
+        }
+        if hotplug > MAX_RAM {
+            return Err(LayoutError::TooLarge { size: hotplug });
+        }
+        let hotplug = Range {
+            start: ram_end.max(HOLE_END).next_multiple_of(AREA_ALIGNMENT),
+            length: hotplug,
+        };
+        if hotplug.length > 0 && hotplug.end() > limit {
+            return Err(too_wide);
+        }
+        let start = hotplug.end().next_multiple_of(AREA_ALIGNMENT);
+        let devices = Range {
+            start,
+            length: limit.saturating_sub(start).min(MOST_DEVICE_MEMORY),
+        };
+        Ok(Self {
+            ram,
+            hotplug: (hotplug.length > 0).then_some(hotplug),
+            devices,
+        })
+    }
 }
 
 /// The memory map a guest is told (E820 or PVH), in ascending order, for RAM of `size` bytes.
@@ -291,6 +358,34 @@ mod tests {
                 .map(|entry| entry.0.length)
                 .sum();
             assert_eq!(usable, size - hidden);
+        }
+    }
+
+    #[test]
+    fn what_is_added_lies_above_ram_and_within_the_hosts_addresses() {
+        let layout = MemoryLayout::new(512 * MIB, 3 * GIB, 40).unwrap();
+        assert_eq!(layout.ram, ram_ranges(512 * MIB).unwrap());
+        let range = |start, length| Range { start, length };
+        assert_eq!(layout.hotplug, Some(range(4 * GIB, 3 * GIB)));
+        assert_eq!(layout.devices, range(8 * GIB, 1016 * GIB));
+        let layout = MemoryLayout::new(6 * GIB, 0, 46).unwrap();
+        assert_eq!(layout.hotplug, None);
+        assert_eq!(layout.devices, range(8 * GIB, 1024 * GIB));
+        // A narrow host: RAM fits, and nothing is left for devices.
+        let layout = MemoryLayout::new(14 * GIB, 0, 34).unwrap();
+        assert_eq!(layout.devices.length, 0);
+        for (size, hotplug, bits) in [
+            (16 * GIB, 0, 34),
+            (512 * MIB, 16 * GIB, 34),
+            (512 * MIB, MAX_RAM, 40),
+        ] {
+            assert!(matches!(
+                MemoryLayout::new(size, hotplug, bits),
+                Err(LayoutError::TooWide { .. })
+            ));
+        }
+        for hotplug in [MAX_RAM + 1, u64::MAX] {
+            assert!(MemoryLayout::new(512 * MIB, hotplug, 64).is_err());
         }
     }
 

@@ -25,8 +25,9 @@ use mshv_bindings::{
 use mshv_ioctls::{InterruptRequest, IoEventAddress, Mshv, MshvError, NoDatamatch, VmFd};
 use tracing::warn;
 use vcpu::{Vp, VpError};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::Piece;
 
 /// Why a partition cannot be had, or refuses something.
 #[derive(Debug, thiserror::Error)]
@@ -267,6 +268,16 @@ fn refusal(error: MshvError) -> io::Error {
     io::Error::other(error.to_string())
 }
 
+fn memory_region(piece: Piece, flags: u8) -> mshv_user_mem_region {
+    mshv_user_mem_region {
+        size: piece.length(),
+        guest_pfn: piece.gpa() >> 12,
+        userspace_addr: piece.host(),
+        flags,
+        ..Default::default()
+    }
+}
+
 /// A partition of the hypervisor.
 pub struct Partition {
     fd: VmFd,
@@ -331,29 +342,34 @@ impl Partition {
         }
     }
 
-    /// Gives the guest all of `memory`, which must live as long as the partition.
+    /// Gives the guest `piece` of its memory, which must stay mapped in this process for as long as the guest has it.
     ///
     /// # Errors
     /// What the driver refuses.
-    pub fn map_memory(&self, memory: &GuestMemoryMmap) -> Result<(), PartitionError> {
-        for region in memory.iter() {
-            let gpa = region.start_addr().raw_value();
-            self.ioctls.add("set_guest_memory", 1);
-            self.fd
-                .map_user_memory(mshv_user_mem_region {
-                    size: region.len(),
-                    guest_pfn: gpa >> 12,
-                    userspace_addr: region.as_ptr() as u64,
-                    flags: 1 << MSHV_SET_MEM_BIT_WRITABLE | 1 << MSHV_SET_MEM_BIT_EXECUTABLE,
-                    ..Default::default()
-                })
-                .map_err(|source| PartitionError::MapMemory {
-                    mib: region.len() >> 20,
-                    gpa,
-                    source,
-                })?;
-        }
-        Ok(())
+    pub fn map_memory(&self, piece: Piece) -> Result<(), PartitionError> {
+        self.ioctls.add("set_guest_memory", 1);
+        let flags = 1 << MSHV_SET_MEM_BIT_WRITABLE | 1 << MSHV_SET_MEM_BIT_EXECUTABLE;
+        self.fd
+            .map_user_memory(memory_region(piece, flags))
+            .map_err(|source| PartitionError::MapMemory {
+                mib: piece.length() >> 20,
+                gpa: piece.gpa(),
+                source,
+            })
+    }
+
+    /// Takes a piece from the guest that was given to it just like that.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn unmap_memory(&self, piece: Piece) -> Result<(), PartitionError> {
+        self.ioctls.add("set_guest_memory", 1);
+        self.fd
+            .unmap_user_memory(memory_region(piece, 0))
+            .map_err(|source| PartitionError::Refused {
+                what: "taking memory from the guest",
+                source,
+            })
     }
 
     /// Creates VP `index`.

@@ -10,7 +10,7 @@ use std::{
 
 use scheduler::{Outcome, Tid, VpMeter};
 use vcpu::{Counters, Crash, End, ExitKind, Requests, Vp};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     console::Console,
     hvc::Hvc,
     layout::{self, LayoutError},
-    memory::{self, MemoryError},
+    memory::{self, MemoryError, Piece},
     partition::{Device, Partition, PartitionError},
     scheduling::{Placed, Scheduling, SchedulingError},
 };
@@ -238,12 +238,8 @@ impl Vm {
         scheduling: Option<&Scheduling>,
     ) -> Result<Prepared, VmError> {
         // What can be wrong with the configuration comes first, and needs no partition.
-        let ram = layout::ram_ranges(config.memory.size)?;
-        let regions: Vec<_> = ram
-            .iter()
-            .map(|range| (GuestAddress(range.start), range.length))
-            .collect();
-        let memory = memory::map(&config.memory, &regions)?;
+        let layout = config.memory.layout(memory::address_bits())?;
+        let memory = memory::map(&config.memory, &layout)?;
         // Pages come when they are touched, or when the driver pins them.
         let bound = scheduling.and_then(|scheduling| scheduling.bind(&memory));
         let apic_ids: Vec<u32> = (0..config.cpus.boot_vcpus).collect();
@@ -256,7 +252,7 @@ impl Vm {
         let machine = boot::Machine {
             memory_map: layout::memory_map(config.memory.size)?,
             rsdp: tables.address,
-            low_ram_end: ram[0].end(),
+            low_ram_end: layout.ram[0].end(),
         };
         let load = || {
             let start = boot::load(&memory, &config.payload, &machine)?;
@@ -265,13 +261,15 @@ impl Vm {
         };
         let create = || {
             let partition = Arc::new(device.create_partition(capabilities)?);
-            partition.map_memory(&memory)?;
+            for region in memory.iter().take(layout.ram.len()) {
+                partition.map_memory(Piece::whole(region))?;
+            }
             let sink = console.sink().map_err(|source| VmError::Host {
                 what: "the console's output",
                 source,
             })?;
             let board = Arc::new(Board::new(
-                &partition, config, &memory, &ram, sink, hvc, events,
+                &partition, config, &memory, &layout, sink, hvc, events,
             )?);
             let vps: Vec<Vp> = (0..config.cpus.boot_vcpus)
                 .map(|index| partition.create_vp(index))

@@ -1,7 +1,7 @@
 //! What can be asked for, and how it is asked for.
 
 use super::{Refusal, body};
-use crate::config::{DiskConfig, FsConfig, NetConfig, VsockConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
 
 const ROOT: &str = "/api/v1/";
 
@@ -21,6 +21,7 @@ pub(crate) enum Call {
     AddDisk(Box<DiskConfig>),
     AddNet(Box<NetConfig>),
     AddFs(FsConfig),
+    AddPmem(PmemConfig),
     AddVsock(VsockConfig),
     RemoveDevice(body::RemoveDevice),
 }
@@ -35,7 +36,6 @@ const UNSUPPORTED: &[&str] = &[
     "vm.add-device",
     "vm.add-user-device",
     "vm.add-generic-vhost-user",
-    "vm.add-pmem",
     "vm.add-vdpa",
     "vm.snapshot",
     "vm.restore",
@@ -74,6 +74,7 @@ impl Call {
             "vm.add-disk" => Self::AddDisk(body::device(body)?),
             "vm.add-net" => Self::AddNet(without_descriptors(body::device(body)?)?),
             "vm.add-fs" => Self::AddFs(body::device(body)?),
+            "vm.add-pmem" => Self::AddPmem(body::device(body)?),
             "vm.add-vsock" => Self::AddVsock(body::device(body)?),
             "vm.remove-device" => Self::RemoveDevice(body::parse(body)?),
             _ => return Err(unknown()),

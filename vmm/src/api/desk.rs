@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     config::{ConfigError, VmConfig},
-    peripherals::{Handle, PeripheralError, Plug},
+    peripherals::{Handle, PeripheralError, Plug, mem},
     state::State,
     vm::{Totals, Vm},
 };
@@ -100,6 +100,10 @@ impl Desk<'_> {
                 |config| config.fs.push(fs),
                 |config, plug| Some(plug.fs(config.fs.last()?)),
             ),
+            Call::AddPmem(pmem) => self.add(
+                |config| config.pmem.push(pmem),
+                |config, plug| Some(plug.pmem(config.pmem.last()?)),
+            ),
             Call::AddVsock(_) if self.config.vsock.is_some() => {
                 Err(Refusal::conflict("the machine has a vsock device already"))
             }
@@ -128,6 +132,9 @@ impl Desk<'_> {
         let mut devices = BTreeMap::new();
         if let Some(vm) = self.vm {
             let plug = vm.board().plug();
+            if let Some(Handle::Memory(added)) = plug.handle(mem::NAME) {
+                memory += added.plugged();
+            }
             if let Some(Handle::Balloon(balloon)) = plug.handle("balloon") {
                 memory = memory.saturating_sub(balloon.actual());
             }
@@ -218,12 +225,10 @@ impl Desk<'_> {
                 "the machine has {boot} vCPUs; their number cannot be changed"
             )));
         }
-        let size = self.config.memory.size;
-        if ram.is_some_and(|ram| ram != size) {
-            return Err(Refusal::unsupported(format!(
-                "the machine has {size} bytes of memory; only a balloon can change that (desired_balloon)"
-            )));
+        if let Some(bytes) = ram {
+            self.resize_memory(bytes)?;
         }
+        let size = self.config.memory.size;
         let Some(bytes) = balloon else {
             return Ok(None);
         };

@@ -14,6 +14,7 @@
 mod body;
 mod call;
 mod desk;
+mod memory;
 mod queue;
 mod refusal;
 mod server;

@@ -162,6 +162,14 @@ fn answers_are_what_clients_of_cloud_hypervisor_expect() {
         ("PUT", "vm.add-disk", "", 400, "not valid"),
         ("PUT", "vm.add-net", r#"{"fds":[0]}"#, 400, "descriptors"),
         ("PUT", "vm.resize", r#"{"desired_vcpus":2}"#, 501, "1 vCPUs"),
+        ("PUT", "vm.resize", r#"{"desired_ram":1}"#, 501, "none that"),
+        (
+            "PUT",
+            "vm.add-pmem",
+            r#"{"file":"x","size":1}"#,
+            400,
+            "2 MiB",
+        ),
         (
             "PUT",
             "vm.resize",
@@ -187,6 +195,31 @@ fn answers_are_what_clients_of_cloud_hypervisor_expect() {
         assert_eq!(found, status, "{name}: {messages:?}");
         assert!(messages.join(": ").contains(message), "{messages:?}");
     }
+}
+
+#[test]
+fn memory_is_resized_within_what_there_is() {
+    let mut api = Api::start("memory");
+    api.config.memory = "size=512M,hotplug_method=virtio-mem,hotplug_size=1G"
+        .parse()
+        .unwrap();
+    let resize = |api: &mut Api, mib: u64| {
+        let body = format!(r#"{{"desired_ram":{}}}"#, mib << 20);
+        api.call("PUT", "vm.resize", &body)
+    };
+    assert_eq!(resize(&mut api, 1024).0, 204);
+    assert_eq!(api.config.memory.hotplugged_size, Some(512 << 20));
+    for (mib, why) in [(510, "from 536870912"), (1538, "from "), (1025, "2 MiB")] {
+        let (status, body) = resize(&mut api, mib);
+        assert_eq!(status, 400);
+        assert!(body.contains(why), "{body}");
+    }
+    assert_eq!(resize(&mut api, 512).0, 204);
+    assert_eq!(api.config.memory.hotplugged_size, Some(0));
+    // What ch-remote sends.
+    let pmem = r#"{"file":"/x","size":null,"iommu":false,"discard_writes":true,"id":null,"pci_segment":0}"#;
+    assert_eq!(api.call("PUT", "vm.add-pmem", pmem).0, 204);
+    assert_eq!(api.config.pmem[0].id.as_deref(), Some("_pmem0"));
 }
 
 #[test]

@@ -7,9 +7,11 @@ mod balloon;
 mod console;
 mod disk;
 mod fs;
+mod memory;
 mod names;
 mod net;
 mod options;
+mod pmem;
 mod rate_limiter;
 mod rng;
 mod vsock;
@@ -19,24 +21,22 @@ use std::{path::PathBuf, str::FromStr};
 use devices::virtio::net::mac::InvalidMacAddr;
 use serde::{Deserialize, Serialize};
 
-use self::options::{keys, number, size, switch};
-use crate::scheduling::SchedulingConfig;
+use self::options::{keys, number};
+use crate::{layout::LayoutError, scheduling::SchedulingConfig};
 
 pub use balloon::BalloonConfig;
 pub use console::{ConsoleConfig, ConsoleMode};
 pub use disk::{DiskConfig, ImageType};
 pub use fs::FsConfig;
+pub use memory::{HotplugMethod, MemoryConfig};
 pub use net::{NetConfig, PasstConfig};
+pub use pmem::PmemConfig;
 pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 pub use rng::RngConfig;
 pub use vsock::VsockConfig;
 
 /// The most VPs a VM may have: what `MSHV_CREATE_VP` of `mshv-ioctls` can name.
 pub const MAX_VCPUS: u32 = 255;
-
-/// Pages are 4 KiB everywhere in the ABI.
-const PAGE_SIZE: u64 = 4096;
-const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// A whole VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +80,9 @@ pub struct VmConfig {
     /// Folders of the host.
     #[serde(default)]
     pub fs: Vec<FsConfig>,
+    /// Files as persistent memory.
+    #[serde(default)]
+    pub pmem: Vec<PmemConfig>,
     /// Where and when its vCPUs run.
     #[serde(default)]
     pub scheduling: SchedulingConfig,
@@ -114,30 +117,6 @@ impl Default for CpusConfig {
         Self {
             boot_vcpus: 1,
             max_vcpus: 1,
-        }
-    }
-}
-
-/// Guest memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MemoryConfig {
-    /// Bytes.
-    pub size: u64,
-    /// Backed by a memfd that other processes can map, instead of private anonymous memory.
-    #[serde(default)]
-    pub shared: bool,
-    /// Backed by the host's huge pages (2 MiB each, from its reserved pool).
-    #[serde(default)]
-    pub hugepages: bool,
-}
-
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        Self {
-            size: 512 << 20,
-            shared: false,
-            hugepages: false,
         }
     }
 }
@@ -274,6 +253,41 @@ pub enum ConfigError {
         /// Width of a physical address on this host.
         bits: u32,
     },
+    /// A way for memory to come and go that does not exist.
+    #[error("hotplug_method: '{0}' is not one of virtio-mem, acpi")]
+    NotAHotplugMethod(String),
+    /// Memory modules, which Rota does not have.
+    #[error(
+        "memory: hotplug_method=acpi, which is the default, is not supported; memory comes and goes with hotplug_method=virtio-mem"
+    )]
+    AcpiMemory,
+    /// Not whole blocks.
+    #[error("memory: {key}: {bytes} is not a multiple of 2 MiB")]
+    UnalignedHotplug {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        bytes: u64,
+    },
+    /// More of the memory that comes and goes than there is.
+    #[error(
+        "memory: hotplugged_size: {hotplugged} bytes are more than the {hotplug} of hotplug_size"
+    )]
+    TooMuchHotplugged {
+        /// Bytes that the guest is to have.
+        hotplugged: u64,
+        /// Bytes that there are.
+        hotplug: u64,
+    },
+    /// There is no room for it.
+    #[error("memory: {0}")]
+    Layout(#[from] LayoutError),
+    /// Persistent memory in other than multiples of 2 MiB.
+    #[error("pmem: size {0} is not a multiple of 2 MiB, and more than 0")]
+    PmemSize(u64),
+    /// A device behind an IOMMU.
+    #[error("{0}: iommu=on is not supported: Rota has no virtual IOMMU")]
+    Iommu(&'static str),
     /// An image type that Rota does not have.
     #[error("image_type: '{0}' is not one of raw, qcow2")]
     NotAnImageType(String),
@@ -357,26 +371,7 @@ impl VmConfig {
         if max < boot {
             return Err(ConfigError::MaxBelowBoot { boot, max });
         }
-        let size = self.memory.size;
-        if size == 0 {
-            return Err(ConfigError::NoMemory);
-        }
-        let page = if self.memory.hugepages {
-            HUGE_PAGE_SIZE
-        } else {
-            PAGE_SIZE
-        };
-        if !size.is_multiple_of(page) {
-            return Err(ConfigError::UnalignedMemory { size, page });
-        }
-        // RAM above the 32-bit hole is moved up by the size of the hole, at most 4 GiB.
-        let limit = 1u64.checked_shl(address_bits).unwrap_or(u64::MAX);
-        if size.checked_add(1 << 32).is_none_or(|end| end > limit) {
-            return Err(ConfigError::TooMuchMemory {
-                size,
-                bits: address_bits,
-            });
-        }
+        self.memory.validate(address_bits)?;
         if (self.serial.mode == SerialMode::File) != self.serial.file.is_some() {
             return Err(ConfigError::SerialFile);
         }
@@ -388,6 +383,7 @@ impl VmConfig {
 
     fn validate_devices(&self) -> Result<(), ConfigError> {
         self.fs.iter().try_for_each(FsConfig::validate)?;
+        self.pmem.iter().try_for_each(PmemConfig::validate)?;
         let elsewhere = [
             ("fs", !self.fs.is_empty()),
             ("disk", self.disks.iter().any(|disk| disk.vhost_user)),
@@ -429,23 +425,6 @@ impl FromStr for CpusConfig {
         Ok(Self {
             boot_vcpus,
             max_vcpus,
-        })
-    }
-}
-
-impl FromStr for MemoryConfig {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let [size_value, shared, hugepages] = keys(
-            text,
-            ["size", "shared", "hugepages"],
-            "size, shared, hugepages",
-        )?;
-        Ok(Self {
-            size: size(size_value.ok_or(ConfigError::Missing("size"))?)?,
-            shared: switch("shared", shared)?,
-            hugepages: switch("hugepages", hugepages)?,
         })
     }
 }
@@ -495,6 +474,7 @@ mod tests {
             watchdog: false,
             pvpanic: false,
             fs: Vec::new(),
+            pmem: Vec::new(),
             scheduling: SchedulingConfig::default(),
         }
     }
@@ -524,20 +504,6 @@ mod tests {
         );
         let error = parse("boot=1,threads=2").unwrap_err().to_string();
         assert_eq!(error, "unknown key 'threads' (known: boot, max)");
-    }
-
-    #[test]
-    fn memory_options() {
-        let parse = MemoryConfig::from_str;
-        let expected = MemoryConfig {
-            size: 1 << 30,
-            shared: true,
-            hugepages: false,
-        };
-        assert_eq!(parse("size=1G,shared=on,hugepages=off"), Ok(expected));
-        let error = parse("size=1G,shared=yes").unwrap_err().to_string();
-        assert_eq!(error, "shared: 'yes' is neither on nor off");
-        assert_eq!(parse("shared=on"), Err(ConfigError::Missing("size")));
     }
 
     #[test]
@@ -597,8 +563,8 @@ mod tests {
         let huge = |c: &mut VmConfig| {
             c.memory = MemoryConfig {
                 size: 4096,
-                shared: false,
                 hugepages: true,
+                ..MemoryConfig::default()
             }
         };
         assert!(check(huge).unwrap_err().contains("multiple of 2097152"));

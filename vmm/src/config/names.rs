@@ -16,8 +16,10 @@ impl VmConfig {
         let disks = self.disks.iter_mut().map(|disk| (&mut disk.id, "_disk"));
         let nets = self.net.iter_mut().map(|net| (&mut net.id, "_net"));
         let folders = self.fs.iter_mut().map(|fs| (&mut fs.id, "_fs"));
+        let pmem = self.pmem.iter_mut().map(|pmem| (&mut pmem.id, "_pmem"));
         let vsock = self.vsock.iter_mut().map(|it| (&mut it.id, "_vsock"));
-        for (id, kind) in disks.chain(nets).chain(folders).chain(vsock) {
+        let all = disks.chain(nets).chain(folders).chain(pmem).chain(vsock);
+        for (id, kind) in all {
             if id.is_none() {
                 let name = (0u64..)
                     .map(|number| format!("{kind}{number}"))
@@ -35,6 +37,7 @@ impl VmConfig {
         self.disks.retain(|disk| keep(&disk.id));
         self.net.retain(|net| keep(&net.id));
         self.fs.retain(|fs| keep(&fs.id));
+        self.pmem.retain(|pmem| keep(&pmem.id));
         self.vsock.take_if(|vsock| !keep(&vsock.id));
     }
 
@@ -43,8 +46,9 @@ impl VmConfig {
         let disks = self.disks.iter().map(|disk| &disk.id);
         let nets = self.net.iter().map(|net| &net.id);
         let folders = self.fs.iter().map(|fs| &fs.id);
+        let pmem = self.pmem.iter().map(|pmem| &pmem.id);
         let vsock = self.vsock.iter().map(|vsock| &vsock.id);
-        let all = disks.chain(nets).chain(folders).chain(vsock);
+        let all = disks.chain(nets).chain(folders).chain(pmem).chain(vsock);
         all.filter_map(Option::as_deref)
     }
 }
@@ -76,12 +80,16 @@ mod tests {
             config.disks.push(text.parse().unwrap());
         }
         config.net.push("tap=x".parse().unwrap());
+        config.pmem.push("file=p".parse().unwrap());
         config.vsock = Some("cid=3,socket=/x".parse().unwrap());
         config.name_devices();
         let named: Vec<&str> = config.names().collect();
-        assert_eq!(named, ["_disk1", "_disk0", "_disk2", "_net0", "_vsock0"]);
+        assert_eq!(
+            named,
+            ["_disk1", "_disk0", "_disk2", "_net0", "_pmem0", "_vsock0"]
+        );
 
-        config.keep_devices(|name| !matches!(name, "_disk0" | "_vsock0"));
+        config.keep_devices(|name| !matches!(name, "_disk0" | "_pmem0" | "_vsock0"));
         config.disks.push("path=d".parse().unwrap());
         config.name_devices();
         let named: Vec<&str> = config.names().collect();

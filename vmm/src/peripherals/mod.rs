@@ -3,10 +3,13 @@
 //! A new kind of device is one line in [`plug_all`], and a file where making it takes more than that. Devices that can also
 //! come while the guest runs have a method of [`Plug`], and any but the host bridge goes when the guest ejects it.
 
+mod device_memory;
 mod disk;
 mod fs;
+pub(crate) mod mem;
 mod net;
 mod occupants;
+mod pmem;
 
 use std::{
     io,
@@ -39,13 +42,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use net::NetworkError;
 pub(crate) use occupants::Handle;
+pub use pmem::PmemError;
+
+use device_memory::DeviceMemory;
 use occupants::{Occupant, Occupants};
 
 use crate::{
-    config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig},
+    config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VmConfig, VsockConfig},
     hvc::Hvc,
     interrupts::Routes,
-    layout,
+    layout::{self, MemoryLayout},
     partition::Partition,
 };
 
@@ -85,6 +91,14 @@ pub enum PeripheralError {
         device: String,
         /// Why.
         source: NetworkError,
+    },
+    /// Persistent memory.
+    #[error("{device}")]
+    Pmem {
+        /// The device.
+        device: String,
+        /// Why.
+        source: PmemError,
     },
     /// The socket device.
     #[error("vsock")]
@@ -137,6 +151,7 @@ pub enum PeripheralError {
 pub(crate) fn plug_all(
     plug: &Plug,
     config: &VmConfig,
+    layout: &MemoryLayout,
     hvc: &Hvc,
     switch: &Arc<dyn PowerSwitch>,
 ) -> Result<(), PeripheralError> {
@@ -157,6 +172,12 @@ pub(crate) fn plug_all(
     }
     for fs in &config.fs {
         plug.fs(fs)?;
+    }
+    for pmem in &config.pmem {
+        plug.pmem(pmem)?;
+    }
+    if let Some(range) = layout.hotplug {
+        mem::plug(plug, &config.memory, range)?;
     }
     if let Some(balloon) = &config.balloon {
         plug_balloon(plug, balloon)?;
@@ -224,9 +245,11 @@ fn report_panic() -> Box<dyn Fn(GuestEvent) + Send + Sync> {
 
 /// Where devices are plugged in.
 pub(crate) struct Plug {
+    partition: Arc<Partition>,
     doorbells: Arc<dyn Doorbells>,
     routes: Arc<Routes>,
     memory: GuestMemoryMmap,
+    device_memory: Arc<DeviceMemory>,
     bus: Arc<PciBus>,
     addresses: Mutex<AddressAllocator>,
     occupants: Occupants,
@@ -243,12 +266,15 @@ impl Plug {
         partition: Arc<Partition>,
         routes: Arc<Routes>,
         memory: GuestMemoryMmap,
+        layout: &MemoryLayout,
         bus: Arc<PciBus>,
     ) -> Self {
         let addresses =
             AddressAllocator::new(WINDOW.start, WINDOW.length).expect("the window is not empty");
         Self {
-            doorbells: Arc::new(IoEvents(partition)),
+            doorbells: Arc::new(IoEvents(Arc::clone(&partition))),
+            device_memory: Arc::new(DeviceMemory::new(Arc::clone(&partition), layout.devices)),
+            partition,
             routes,
             memory,
             bus,
@@ -272,6 +298,11 @@ impl Plug {
         fs::plug(self, config)
     }
 
+    /// Plugs in persistent memory.
+    pub(crate) fn pmem(&self, config: &PmemConfig) -> Result<Slot, PeripheralError> {
+        pmem::plug(self, config)
+    }
+
     /// Plugs in the socket device.
     pub(crate) fn vsock(&self, config: &VsockConfig) -> Result<Slot, PeripheralError> {
         let device = Vsock::new(config.cid, &config.socket)?;
@@ -288,7 +319,7 @@ impl Plug {
         self.occupants.name(slot)
     }
 
-    /// What can be changed about the device `name`.
+    /// What belongs to the device `name`.
     pub(crate) fn handle(&self, name: &str) -> Option<Handle> {
         self.occupants.handle(name)
     }

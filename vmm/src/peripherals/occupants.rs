@@ -1,17 +1,19 @@
-//! Which device is in which slot of the PCI bus, and what can be changed about it while the guest uses it.
+//! Which device is in which slot of the PCI bus, and what belongs to it while the guest uses it.
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use devices::{
     pci::Slot,
-    virtio::{balloon::BalloonHandle, block::Resizer},
+    virtio::{balloon::BalloonHandle, block::Resizer, mem::MemHandle},
 };
 use vm_allocator::RangeInclusive;
 
-/// What can be changed about a device.
+use super::device_memory::Lent;
+
+/// What belongs to a device: what can be changed about it, or what goes with it.
 #[derive(Clone)]
 pub(crate) enum Handle {
     /// Nothing.
@@ -20,6 +22,11 @@ pub(crate) enum Handle {
     Disk(Resizer),
     /// How much it takes.
     Balloon(BalloonHandle),
+    /// How much of it the guest is to have.
+    Memory(MemHandle),
+    /// The guest has memory of it.
+    #[expect(dead_code, reason = "it is kept")]
+    Lent(Arc<Lent>),
 }
 
 /// A device in its slot.

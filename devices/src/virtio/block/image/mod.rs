@@ -165,8 +165,11 @@ pub fn open(options: &ImageOptions) -> Result<Arc<dyn Image>, ImageError> {
     }
 }
 
-/// Opens and locks the file of an image.
-fn open_file(path: &Path, access: Access, cache: Cache) -> Result<File, ImageError> {
+/// Opens and locks the file of an image, for who knows what its bytes mean.
+///
+/// # Errors
+/// When it is no file or block device, is in use, or cannot be opened.
+pub fn open_file(path: &Path, access: Access, cache: Cache) -> Result<File, ImageError> {
     let kind = std::fs::metadata(path)
         .map_err(ImageError::host(path, "open"))?
         .file_type();
