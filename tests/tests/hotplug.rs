@@ -146,9 +146,10 @@ fn a_folder_comes_and_goes() {
     let answer = api.put("vm.add-fs", &device);
     assert_eq!(answer["id"], "_fs0");
     let bdf = answer["bdf"].as_str().expect("an address").to_owned();
+    vmm.guest_runs("mkdir /tree");
     wait_until(
         &mut vmm,
-        "mkdir -p /tree && mount -t virtiofs tree /tree 2>/dev/null",
+        "{ grep -q virtiofs /proc/mounts || mount -t virtiofs tree /tree 2>/dev/null; }",
     );
     assert_eq!(vmm.guest_runs("cat /tree/from-host"), "hello guest");
     vmm.guest_runs("echo hello host >/tree/from-guest && umount /tree");
