@@ -217,6 +217,11 @@ fn memory_is_resized_within_what_there_is() {
     assert_eq!(resize(&mut api, 512).0, 204);
     assert_eq!(api.config.memory.hotplugged_size, Some(0));
     // What ch-remote sends.
+    let net = r#"{"tap":"t","vhost_user":false,"vhost_socket":null,"vhost_mode":"Client"}"#;
+    assert_eq!(api.call("PUT", "vm.add-net", net).0, 204);
+    let disk = r#"{"vhost_user":true,"vhost_socket":"/run/d"}"#;
+    let (status, body) = api.call("PUT", "vm.add-disk", disk);
+    assert!(status == 400 && body.contains("shared=on"), "{body}");
     let pmem = r#"{"file":"/x","size":null,"iommu":false,"discard_writes":true,"id":null,"pci_segment":0}"#;
     assert_eq!(api.call("PUT", "vm.add-pmem", pmem).0, 204);
     assert_eq!(api.config.pmem[0].id.as_deref(), Some("_pmem0"));

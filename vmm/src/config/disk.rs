@@ -1,11 +1,11 @@
 //! `--disk path=PATH,…`
 
-use std::{collections::HashSet, path::PathBuf, str::FromStr};
+use std::{path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ConfigError,
+    ConfigError, name,
     options::{keys, number, switch},
     rate_limiter::RateLimiterConfig,
 };
@@ -35,7 +35,7 @@ pub struct DiskConfig {
     /// What the guest may do per time.
     #[serde(default)]
     pub rate_limiter_config: Option<RateLimiterConfig>,
-    /// The disk's name; `_disk` and its number if there is none.
+    /// The disk's name; `_disk` and a number if there is none.
     #[serde(default)]
     pub id: Option<String>,
     /// What the guest can know the disk by; its name if there is none.
@@ -95,10 +95,30 @@ impl FromStr for ImageType {
 }
 
 impl DiskConfig {
-    /// What the disk is called that is number `index`.
-    #[must_use]
-    pub fn name(&self, index: usize) -> String {
-        self.id.clone().unwrap_or_else(|| format!("_disk{index}"))
+    /// Checks what the types alone cannot, on a machine with so many VPs at boot.
+    pub(super) fn validate(&self, boot_vcpus: u32) -> Result<(), ConfigError> {
+        let disk = || name(&self.id).to_owned();
+        if let Err(why) = self.source() {
+            return Err(ConfigError::Disk { disk: disk(), why });
+        }
+        if !(1..=boot_vcpus).contains(&self.num_queues.into()) {
+            return Err(ConfigError::DiskQueues {
+                disk: disk(),
+                queues: self.num_queues,
+                most: boot_vcpus,
+            });
+        }
+        if self.queue_size < 4 || !self.queue_size.is_power_of_two() {
+            return Err(ConfigError::DiskQueueSize {
+                disk: disk(),
+                size: self.queue_size,
+            });
+        }
+        let serial = self.serial.as_deref().unwrap_or_default();
+        if serial.len() > SERIAL_LENGTH {
+            return Err(ConfigError::DiskSerial { disk: disk() });
+        }
+        Ok(())
     }
 
     /// The one place where the disk's bytes come from, and nothing that only the other kind of place has.
@@ -128,38 +148,6 @@ impl DiskConfig {
         }
         Ok(())
     }
-}
-
-/// Checks what the types alone cannot, on a machine with so many VPs at boot.
-pub(super) fn validate(disks: &[DiskConfig], boot_vcpus: u32) -> Result<(), ConfigError> {
-    let mut names = HashSet::new();
-    for (index, disk) in disks.iter().enumerate() {
-        let name = disk.name(index);
-        if !names.insert(name.clone()) {
-            return Err(ConfigError::SameId(name));
-        }
-        if let Err(why) = disk.source() {
-            return Err(ConfigError::Disk { disk: name, why });
-        }
-        if !(1..=boot_vcpus).contains(&disk.num_queues.into()) {
-            return Err(ConfigError::DiskQueues {
-                disk: name,
-                queues: disk.num_queues,
-                most: boot_vcpus,
-            });
-        }
-        if disk.queue_size < 4 || !disk.queue_size.is_power_of_two() {
-            return Err(ConfigError::DiskQueueSize {
-                disk: name,
-                size: disk.queue_size,
-            });
-        }
-        let serial = disk.serial.as_deref().unwrap_or_default();
-        if serial.len() > SERIAL_LENGTH {
-            return Err(ConfigError::DiskSerial { disk: name });
-        }
-    }
-    Ok(())
 }
 
 impl FromStr for DiskConfig {
@@ -334,47 +322,29 @@ mod tests {
         assert!(error("path=a,iommu=on").starts_with("unknown key 'iommu' (known: path, "));
     }
 
+    /// Checks a disk of a machine with two VPs.
+    fn check(text: &str) -> Result<(), String> {
+        let mut disk: DiskConfig = text.parse().unwrap();
+        disk.id = Some("data".into());
+        disk.validate(2).map_err(|error| error.to_string())
+    }
+
     #[test]
     fn impossible_disks_are_named() {
-        let check = |texts: &[&str]| {
-            let disks: Vec<DiskConfig> = texts.iter().map(|text| text.parse().unwrap()).collect();
-            validate(&disks, 2).map_err(|error| error.to_string())
-        };
-        assert_eq!(check(&["path=a", "path=b,num_queues=2"]), Ok(()));
-        assert!(
-            check(&["path=a,num_queues=3"])
-                .unwrap_err()
-                .contains("1 to 2")
-        );
-        assert!(
-            check(&["path=a,num_queues=0"])
-                .unwrap_err()
-                .contains("1 to 2")
-        );
+        assert_eq!(check("path=b,num_queues=2"), Ok(()));
+        let queues = check("path=a,num_queues=3").unwrap_err();
+        assert!(queues.starts_with("disk data: ") && queues.contains("1 to 2"));
+        assert!(check("path=a,num_queues=0").unwrap_err().contains("1 to 2"));
         for size in ["0", "2", "100", "65535"] {
-            let error = check(&[&format!("path=a,queue_size={size}")]).unwrap_err();
+            let error = check(&format!("path=a,queue_size={size}")).unwrap_err();
             assert!(error.contains("power of two"), "{error}");
         }
-        assert!(
-            check(&["path=a,id=x", "path=b,id=x"])
-                .unwrap_err()
-                .contains("'x'")
-        );
-        assert!(
-            check(&["path=a,id=_disk1", "path=b"])
-                .unwrap_err()
-                .contains("'_disk1'")
-        );
         let long = "path=a,serial=123456789012345678901";
-        assert!(check(&[long]).unwrap_err().contains("20 bytes"));
+        assert!(check(long).unwrap_err().contains("20 bytes"));
     }
 
     #[test]
     fn a_disk_has_one_source() {
-        let check = |text: &str| {
-            let disk: DiskConfig = text.parse().unwrap();
-            validate(&[disk], 2).map_err(|error| error.to_string())
-        };
         assert_eq!(check("vhost_user=on,socket=/run/d,num_queues=2"), Ok(()));
         for (text, why) in [
             ("readonly=on", "path is missing"),
@@ -386,12 +356,12 @@ mod tests {
         ] {
             let error = check(text).unwrap_err();
             assert!(
-                error.starts_with("disk _disk0: ") && error.contains(why),
+                error.starts_with("disk data: ") && error.contains(why),
                 "{error}"
             );
         }
         let from_json = r#"{"vhost_user":true,"vhost_socket":"/run/d"}"#;
         let disk: DiskConfig = serde_json::from_str(from_json).unwrap();
-        assert_eq!(validate(&[disk], 1), Ok(()));
+        assert_eq!(disk.validate(1), Ok(()));
     }
 }

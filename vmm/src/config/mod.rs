@@ -29,6 +29,7 @@ pub use console::{ConsoleConfig, ConsoleMode};
 pub use disk::{DiskConfig, ImageType};
 pub use fs::FsConfig;
 pub use memory::{HotplugMethod, MemoryConfig};
+pub(crate) use names::name;
 pub use net::{NetConfig, PasstConfig};
 pub use pmem::PmemConfig;
 pub use rate_limiter::{RateLimiterConfig, TokenBucket};
@@ -376,7 +377,7 @@ impl VmConfig {
             return Err(ConfigError::SerialFile);
         }
         names::validate(self)?;
-        disk::validate(&self.disks, boot)?;
+        self.disks.iter().try_for_each(|disk| disk.validate(boot))?;
         self.net.iter().try_for_each(NetConfig::validate)?;
         self.validate_devices()
     }

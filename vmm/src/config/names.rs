@@ -53,6 +53,11 @@ impl VmConfig {
     }
 }
 
+/// What a device is called. [`VmConfig::name_devices`] has seen to it that it is called something.
+pub(crate) fn name(id: &Option<String>) -> &str {
+    id.as_deref().unwrap_or_default()
+}
+
 /// Checks that names can be told apart, and told at all.
 pub(super) fn validate(config: &VmConfig) -> Result<(), ConfigError> {
     let mut seen = HashSet::new();

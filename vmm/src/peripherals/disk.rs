@@ -12,34 +12,35 @@ use devices::virtio::{
 };
 
 use super::{Handle, PeripheralError, Plug};
-use crate::config::{DiskConfig, ImageType};
+use crate::config::{DiskConfig, ImageType, name};
 
-/// Plugs in the disk that is number `index`.
+/// Plugs in the disk that is number `index`, after which its threads are named.
 pub(super) fn plug(
     plug: &Plug,
     index: usize,
     config: &DiskConfig,
 ) -> Result<Slot, PeripheralError> {
-    let name = config.name(index);
+    let name = name(&config.id);
+    let device = || name.to_owned();
     if let Some(socket) = &config.vhost_socket {
-        let device =
+        let block =
             vhost_user::Block::connect(socket.clone(), config.num_queues, config.queue_size)
                 .map_err(|source| PeripheralError::BackEnd {
-                    device: name.clone(),
+                    device: device(),
                     source,
                 })?;
-        return plug.virtio(&name, Box::new(device));
+        return plug.virtio(name, Box::new(block));
     }
     let image = image::open(&options(config)).map_err(|source| PeripheralError::Image {
-        device: name.clone(),
+        device: device(),
         source,
     })?;
     let limits = config.rate_limiter_config.as_ref().map(Limits::from);
-    let device = BlockConfig {
+    let block = BlockConfig {
         name: format!("blk{index}"),
         queues: config.num_queues,
         queue_size: config.queue_size,
-        serial: config.serial.clone().unwrap_or_else(|| name.clone()),
+        serial: config.serial.clone().unwrap_or_else(device),
         unmap: if config.sparse {
             Unmap::Allowed
         } else {
@@ -47,12 +48,12 @@ pub(super) fn plug(
         },
         limits: RateLimiter::new(&limits.unwrap_or_default()),
     };
-    let device = Block::new(image, device).map_err(|source| PeripheralError::Host {
-        device: name.clone(),
+    let block = Block::new(image, block).map_err(|source| PeripheralError::Host {
+        device: device(),
         source,
     })?;
-    let handle = Handle::Disk(device.resizer());
-    plug.virtio_with(&name, Box::new(device), handle)
+    let handle = Handle::Disk(block.resizer());
+    plug.virtio_with(name, Box::new(block), handle)
 }
 
 fn options(config: &DiskConfig) -> ImageOptions {

@@ -8,23 +8,22 @@ use devices::{
 };
 
 use super::{PeripheralError, Plug};
-use crate::config::FsConfig;
+use crate::config::{FsConfig, name};
 
 /// Plugs in the folder.
 pub(super) fn plug(plug: &Plug, config: &FsConfig) -> Result<Slot, PeripheralError> {
-    let name = config.id.clone();
-    let name = name.unwrap_or_else(|| format!("fs {}", config.tag));
+    let name = name(&config.id);
     let tag = Tag::from_str(&config.tag).map_err(|source| PeripheralError::Tag {
-        device: name.clone(),
+        device: name.to_owned(),
         source,
     })?;
     let socket = config.socket.clone();
     let device =
         Fs::connect(socket, tag, config.num_queues, config.queue_size).map_err(|source| {
             PeripheralError::BackEnd {
-                device: name.clone(),
+                device: name.to_owned(),
                 source,
             }
         })?;
-    plug.virtio(&name, Box::new(device))
+    plug.virtio(name, Box::new(device))
 }

@@ -48,7 +48,9 @@ use device_memory::DeviceMemory;
 use occupants::{Occupant, Occupants};
 
 use crate::{
-    config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VmConfig, VsockConfig},
+    config::{
+        BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VmConfig, VsockConfig, name,
+    },
     hvc::Hvc,
     interrupts::Routes,
     layout::{self, MemoryLayout},
@@ -306,7 +308,7 @@ impl Plug {
     /// Plugs in the socket device.
     pub(crate) fn vsock(&self, config: &VsockConfig) -> Result<Slot, PeripheralError> {
         let device = Vsock::new(config.cid, &config.socket)?;
-        self.virtio(config.id.as_deref().unwrap_or("vsock"), Box::new(device))
+        self.virtio(name(&config.id), Box::new(device))
     }
 
     /// Where the device `name` is.

@@ -21,7 +21,7 @@ use devices::virtio::{
 };
 
 use super::{PeripheralError, Plug};
-use crate::config::{NetConfig, PasstConfig};
+use crate::config::{NetConfig, PasstConfig, name};
 
 /// Why there is no network.
 #[derive(Debug, thiserror::Error)]
@@ -54,11 +54,11 @@ pub enum NetworkError {
     Vhost(#[source] io::Error),
 }
 
-/// Plugs in the network device that is number `index`.
+/// Plugs in the network device that is number `index`, after which its threads are named.
 pub(super) fn plug(plug: &Plug, index: usize, config: &NetConfig) -> Result<Slot, PeripheralError> {
-    let name = config.id.clone().unwrap_or_else(|| format!("_net{index}"));
+    let name = name(&config.id);
     let no_network = |source| PeripheralError::Net {
-        device: name.clone(),
+        device: name.to_owned(),
         source,
     };
     if let Some(socket) = &config.vhost_socket {
@@ -70,13 +70,13 @@ pub(super) fn plug(plug: &Plug, index: usize, config: &NetConfig) -> Result<Slot
             config.queue_size,
         )
         .map_err(|source| PeripheralError::BackEnd {
-            device: name.clone(),
+            device: name.to_owned(),
             source,
         })?;
-        return plug.virtio(&name, Box::new(device));
+        return plug.virtio(name, Box::new(device));
     }
     let device = device(&format!("net{index}"), config).map_err(no_network)?;
-    plug.virtio(&name, Box::new(device))
+    plug.virtio(name, Box::new(device))
 }
 
 /// The guest's Ethernet address.

@@ -21,7 +21,7 @@ use devices::{
 
 use super::{Handle, PeripheralError, Plug};
 use crate::{
-    config::PmemConfig,
+    config::{PmemConfig, name},
     memory::{self, MemoryError, Writes},
     partition::PartitionError,
 };
@@ -83,7 +83,7 @@ pub enum PmemError {
 
 /// Plugs the file in.
 pub(super) fn plug(plug: &Plug, config: &PmemConfig) -> Result<Slot, PeripheralError> {
-    let name = config.id.as_deref().unwrap_or_default();
+    let name = name(&config.id);
     let no_pmem = |source| PeripheralError::Pmem {
         device: name.to_owned(),
         source,
