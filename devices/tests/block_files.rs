@@ -248,7 +248,16 @@ fn what_is_no_image_is_refused_in_one_line() {
     let no_file = refused(&ImageOptions::new("/dev/null".as_ref()));
     assert!(no_file.contains("neither a file nor"), "{no_file}");
     let path = folder.file("vhdx", b"vhdxfile and so on");
-    assert!(refused(&ImageOptions::new(&path)).contains("VHDX"));
+    assert!(refused(&ImageOptions::new(&path)).contains("a VHDX image"));
+    let mut fixed = vec![0; 2048];
+    fixed[1536..1544].copy_from_slice(b"conectix");
+    let path = folder.file("vhd", &fixed);
+    let mut options = ImageOptions::new(&path);
+    assert!(refused(&options).contains("a VHD image"));
+    options.format = Some(Format::Raw);
+    assert!(open(&options).is_ok());
+    let path = folder.file("dynamic-vhd", b"conectix and so on");
+    assert!(refused(&ImageOptions::new(&path)).contains("a VHD image"));
     let raw = folder.file("raw", &pattern(SIZE, 1));
     let text = refused(&ImageOptions {
         backing: Backing::Open,

@@ -11,7 +11,7 @@ mod raw;
 
 use std::{
     fs::{File, OpenOptions},
-    io,
+    io::{self, Seek, SeekFrom},
     os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -205,23 +205,41 @@ pub fn open_file(path: &Path, access: Access, cache: Cache) -> Result<File, Imag
     }
 }
 
+/// What images of Hyper-V and Azure begin with: VHDX, and VHD unless it is of fixed size. Those have it in their last sector.
+const VHDX: [u8; 8] = *b"vhdxfile";
+const VHD: [u8; 8] = *b"conectix";
+const SECTOR: u64 = 512;
+
 /// Says what format the file at `path` looks like.
 fn detect(path: &Path) -> Result<Format, ImageError> {
     // Not through the descriptor of the image, which may want aligned buffers.
-    let file = File::open(path).map_err(ImageError::host(path, "read"))?;
-    let mut start = [0; 8];
-    match file.read_exact_at(&mut start, 0) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Format::Raw),
-        Err(error) => return Err(ImageError::host(path, "read")(error)),
-    }
+    let mut file = File::open(path).map_err(ImageError::host(path, "read"))?;
+    let length = file
+        .seek(SeekFrom::End(0))
+        .map_err(ImageError::host(path, "read"))?;
+    let bytes_at = |offset| {
+        let mut bytes = [0; 8];
+        match file.read_exact_at(&mut bytes, offset) {
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                Err(ImageError::host(path, "read")(error))
+            }
+            _ => Ok(bytes),
+        }
+    };
+    let convert = |what| {
+        let text = format!(
+            "looks like a {what} image, which Rota cannot use: convert it (qemu-img convert -O qcow2), or say image_type=raw if its \
+             bytes are the disk's"
+        );
+        Err(ImageError::refused(path, text))
+    };
+    let start = bytes_at(0)?;
     if start[..4] == header::MAGIC {
         Ok(Format::Qcow2)
-    } else if start == *b"vhdxfile" {
-        Err(ImageError::refused(
-            path,
-            "is a VHDX image, which Rota cannot use: convert it to raw or qcow2, or say image_type=raw",
-        ))
+    } else if start == VHDX {
+        convert("VHDX")
+    } else if start == VHD || bytes_at(length.saturating_sub(SECTOR))? == VHD {
+        convert("VHD")
     } else {
         Ok(Format::Raw)
     }
