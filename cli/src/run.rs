@@ -8,7 +8,8 @@ use vmm::{
     api::ApiSocket,
     config::{
         BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig,
-        PayloadConfig, PmemConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+        PayloadConfig, PmemConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VmConfig,
+        VsockConfig,
     },
     control::{self, Ended, RunError},
     partition::PartitionError,
@@ -93,6 +94,7 @@ impl Run {
             cpus: self.cpus.config,
             memory: self.memory,
             serial: self.serial,
+            rate_limit_groups: self.devices.rate_limit_group,
             disks: self.devices.disk,
             console: self.devices.console,
             rng: self.devices.rng,
@@ -157,9 +159,16 @@ struct DeviceArguments {
     #[arg(
         long,
         value_name = "OPTIONS",
-        help = "A disk (may be given again): path=PATH[,readonly=on|off][,direct=on|off][,num_queues=N][,queue_size=N][,id=NAME][,serial=TEXT][,image_type=raw|qcow2][,backing_files=on|off][,sparse=on|off][,bw_size=BYTES,bw_refill_time=MS[,bw_one_time_burst=BYTES]][,ops_size=N,ops_refill_time=MS[,ops_one_time_burst=N]], or vhost_user=on,socket=PATH[,num_queues=N][,queue_size=N][,id=NAME] of another process"
+        help = "A disk (may be given again): path=PATH[,readonly=on|off][,direct=on|off][,num_queues=N][,queue_size=N][,id=NAME][,serial=TEXT][,image_type=raw|qcow2][,backing_files=on|off][,sparse=on|off][,bw_size=BYTES,bw_refill_time=MS[,bw_one_time_burst=BYTES]][,ops_size=N,ops_refill_time=MS[,ops_one_time_burst=N]][,rate_limit_group=NAME], or vhost_user=on,socket=PATH[,num_queues=N][,queue_size=N][,id=NAME] of another process"
     )]
     disk: Vec<DiskConfig>,
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        help = "Limits that disks have in common, once for each group: id=NAME[,bw_size=BYTES,bw_refill_time=MS[,bw_one_time_burst=BYTES]][,ops_size=N,ops_refill_time=MS[,ops_one_time_burst=N]]"
+    )]
+    rate_limit_group: Vec<RateLimitGroupConfig>,
     /// Virtio console (hvc0): off, null, tty, pty, file=PATH or socket=PATH
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: ConsoleConfig,

@@ -146,6 +146,32 @@ fn what_a_guest_reads_and_writes_is_in_the_images() {
 }
 
 #[test]
+fn disks_of_a_group_have_their_limits_in_common() {
+    require!(child::bootable());
+    let images = Images::new("group");
+    images.raw("first");
+    images.raw("second");
+    let mut vmm = Vmm::boot_with_drivers(&[
+        "--rate-limit-group",
+        "id=slow,bw_size=1048576,bw_refill_time=1000",
+        "--disk",
+        &images.disk("first", ",rate_limit_group=slow"),
+        "--disk",
+        &images.disk("second", ",rate_limit_group=slow"),
+    ]);
+    // 8 MiB, of which one may be there from the start. With limits of their own, the disks would take half as long.
+    let read = |disk: &str| {
+        format!("dd if=/dev/{disk} of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null &")
+    };
+    let uptime = "$(cut -d. -f1 /proc/uptime)";
+    let (first, second) = (read("vda"), read("vdb"));
+    let command = format!("s={uptime}; {first} {second} wait; echo $(({uptime} - s))");
+    let seconds: u64 = vmm.guest_runs(&command).parse().expect("a number");
+    assert!((6..60).contains(&seconds), "{seconds} s");
+    power_off(vmm);
+}
+
+#[test]
 fn an_image_that_another_machine_writes_is_refused() {
     require!(child::bootable());
     let images = Images::new("locks");

@@ -109,6 +109,7 @@ impl Board {
             Arc::clone(&routes),
             memory.clone(),
             layout,
+            &config.rate_limit_groups,
             Arc::clone(&pci),
         ));
         peripherals::plug_all(&plug, config, layout, hvc, &switch())?;

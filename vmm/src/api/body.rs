@@ -9,12 +9,11 @@ use serde_json::{Map, Value};
 use super::Refusal;
 
 /// Fields that Rota does not have, with the value, if there is one, that asks for nothing.
-fn elsewhere() -> [(&'static str, Value); 8] {
+fn elsewhere() -> [(&'static str, Value); 7] {
     [
         ("pci_segment", 0.into()),
         ("pci_device_id", Value::Null),
         ("iommu", false.into()),
-        ("rate_limit_group", Value::Null),
         ("queue_affinity", Value::Null),
         ("disable_io_uring", false.into()),
         ("disable_aio", false.into()),

@@ -35,6 +35,9 @@ pub struct DiskConfig {
     /// What the guest may do per time.
     #[serde(default)]
     pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// The group of disks that have their limits in common.
+    #[serde(default)]
+    pub rate_limit_group: Option<String>,
     /// The disk's name; `_disk` and a number if there is none.
     #[serde(default)]
     pub id: Option<String>,
@@ -123,6 +126,9 @@ impl DiskConfig {
 
     /// The one place where the disk's bytes come from, and nothing that only the other kind of place has.
     fn source(&self) -> Result<(), &'static str> {
+        if self.rate_limiter_config.is_some() && self.rate_limit_group.is_some() {
+            return Err("it has limits of its own or those of its rate_limit_group, not both");
+        }
         if !self.vhost_user {
             return match (&self.path, &self.vhost_socket) {
                 (Some(_), None) => Ok(()),
@@ -139,6 +145,7 @@ impl DiskConfig {
             || self.backing_files
             || self.serial.is_some()
             || self.rate_limiter_config.is_some()
+            || self.rate_limit_group.is_some()
             || self.image_type != ImageType::Unknown
             || !self.sparse;
         if ours {
@@ -173,6 +180,7 @@ impl FromStr for DiskConfig {
             ops_refill_time,
             vhost_user,
             socket,
+            rate_limit_group,
         ] = keys(
             text,
             [
@@ -194,10 +202,11 @@ impl FromStr for DiskConfig {
                 "ops_refill_time",
                 "vhost_user",
                 "socket",
+                "rate_limit_group",
             ],
             "path, readonly, direct, num_queues, queue_size, id, serial, backing_files, sparse, image_type, \
              bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time, \
-             vhost_user, socket",
+             rate_limit_group, vhost_user, socket",
         )?;
         let rate_limiter_config = RateLimiterConfig::from_options(
             [bw_size, bw_one_time_burst, bw_refill_time],
@@ -212,6 +221,7 @@ impl FromStr for DiskConfig {
             num_queues: small("num_queues", num_queues, one)?,
             queue_size: small("queue_size", queue_size_value, queue_size)?,
             rate_limiter_config,
+            rate_limit_group: rate_limit_group.map(str::to_owned),
             id: id.map(str::to_owned),
             serial: serial.map(str::to_owned),
             backing_files: switch("backing_files", backing_files)?,
@@ -250,6 +260,7 @@ mod tests {
             num_queues: 1,
             queue_size: 128,
             rate_limiter_config: None,
+            rate_limit_group: None,
             id: None,
             serial: None,
             backing_files: false,
@@ -286,6 +297,7 @@ mod tests {
                     bandwidth: bucket(1000, None, 100),
                     ops: bucket(5, Some(7), 1000),
                 }),
+                rate_limit_group: None,
                 id: Some("data".into()),
                 serial: Some("S1".into()),
                 backing_files: true,
@@ -312,7 +324,7 @@ mod tests {
         );
         assert_eq!(
             error("path=a,image_type=vhdx"),
-            "image_type: 'vhdx' is not one of raw, qcow2"
+            "image_type: 'vhdx' is not one of raw, qcow2; other images have to be converted (qemu-img convert -O qcow2)"
         );
         assert_eq!(error("path=a,bw_size=5"), "'bw_refill_time' is missing");
         assert_eq!(
@@ -348,6 +360,10 @@ mod tests {
         assert_eq!(check("vhost_user=on,socket=/run/d,num_queues=2"), Ok(()));
         for (text, why) in [
             ("readonly=on", "path is missing"),
+            (
+                "path=a,rate_limit_group=g,ops_size=1,ops_refill_time=1",
+                "not both",
+            ),
             ("path=a,socket=/run/d", "a socket goes with vhost_user=on"),
             ("vhost_user=on", "vhost_user=on goes with socket=PATH"),
             ("vhost_user=on,socket=/run/d,path=a", "the back end's"),

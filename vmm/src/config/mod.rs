@@ -12,6 +12,7 @@ mod names;
 mod net;
 mod options;
 mod pmem;
+mod rate_limit_group;
 mod rate_limiter;
 mod rng;
 mod vsock;
@@ -32,6 +33,7 @@ pub use memory::{HotplugMethod, MemoryConfig};
 pub(crate) use names::name;
 pub use net::{NetConfig, PasstConfig};
 pub use pmem::PmemConfig;
+pub use rate_limit_group::RateLimitGroupConfig;
 pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 pub use rng::RngConfig;
 pub use vsock::VsockConfig;
@@ -54,6 +56,9 @@ pub struct VmConfig {
     /// The serial port (COM1).
     #[serde(default)]
     pub serial: SerialConfig,
+    /// Limits that disks have in common.
+    #[serde(default)]
+    pub rate_limit_groups: Vec<RateLimitGroupConfig>,
     /// Disks, in the order of their places on the bus.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
@@ -290,7 +295,9 @@ pub enum ConfigError {
     #[error("{0}: iommu=on is not supported: Rota has no virtual IOMMU")]
     Iommu(&'static str),
     /// An image type that Rota does not have.
-    #[error("image_type: '{0}' is not one of raw, qcow2")]
+    #[error(
+        "image_type: '{0}' is not one of raw, qcow2; other images have to be converted (qemu-img convert -O qcow2)"
+    )]
     NotAnImageType(String),
     /// A disk without a place where its bytes come from, or with two.
     #[error("disk {disk}: {why}")]
@@ -326,6 +333,17 @@ pub enum ConfigError {
         /// The disk.
         disk: String,
     },
+    /// A group without a limit.
+    #[error(
+        "rate-limit-group: it limits nothing; give bw_size and bw_refill_time, or ops_size and ops_refill_time"
+    )]
+    NoLimit,
+    /// Two groups that cannot be told apart.
+    #[error("rate-limit-group: the id {0:?} is empty, or that of two groups")]
+    SameGroup(String),
+    /// A group that is not there.
+    #[error("disk: there is no rate_limit_group {0:?} (--rate-limit-group id=NAME)")]
+    NoGroup(String),
     /// A name that two devices have.
     #[error("two devices have the id '{0}'")]
     SameId(String),
@@ -377,6 +395,7 @@ impl VmConfig {
             return Err(ConfigError::SerialFile);
         }
         names::validate(self)?;
+        rate_limit_group::validate(self)?;
         self.disks.iter().try_for_each(|disk| disk.validate(boot))?;
         self.net.iter().try_for_each(NetConfig::validate)?;
         self.validate_devices()
@@ -466,6 +485,7 @@ mod tests {
             cpus: CpusConfig::default(),
             memory: MemoryConfig::default(),
             serial: SerialConfig::default(),
+            rate_limit_groups: Vec::new(),
             disks: Vec::new(),
             console: ConsoleConfig::default(),
             rng: None,

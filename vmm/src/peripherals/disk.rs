@@ -35,7 +35,13 @@ pub(super) fn plug(
         device: device(),
         source,
     })?;
-    let limits = config.rate_limiter_config.as_ref().map(Limits::from);
+    let limits = match &config.rate_limit_group {
+        Some(group) => plug.limits.get(group).cloned().unwrap_or_default(),
+        None => {
+            let limits = config.rate_limiter_config.as_ref().map(Limits::from);
+            RateLimiter::new(&limits.unwrap_or_default())
+        }
+    };
     let block = BlockConfig {
         name: format!("blk{index}"),
         queues: config.num_queues,
@@ -46,7 +52,7 @@ pub(super) fn plug(
         } else {
             Unmap::Forbidden
         },
-        limits: RateLimiter::new(&limits.unwrap_or_default()),
+        limits,
     };
     let block = Block::new(image, block).map_err(|source| PeripheralError::Host {
         device: device(),

@@ -2,8 +2,8 @@
 //!
 //! Each block is given to the hypervisor by itself, so that one whose driver pins guest memory takes no more of the host's than is
 //! plugged, and lets go of what is unplugged before that goes back to the host. In this process all of the region is mapped from
-//! the start, without memory behind it. A guest that breaks the device's rules can have *devices* touch blocks that it has not
-//! plugged, and so get at most what it could have been given.
+//! the start, without memory behind it. A guest that breaks the rules can have devices, and the emulator of its instructions,
+//! touch blocks that it has not plugged, and so get at most what it could have been given.
 
 use std::{
     collections::BTreeSet,

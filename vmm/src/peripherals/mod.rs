@@ -12,6 +12,7 @@ mod occupants;
 mod pmem;
 
 use std::{
+    collections::BTreeMap,
     io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -29,6 +30,7 @@ use devices::{
         block::image::ImageError,
         console::Console,
         pci::{BAR_LENGTH, Doorbells, Environment, VirtioPci},
+        rate_limiter::{Limits, RateLimiter},
         rng::Rng,
         vhost_user,
         vsock::{Vsock, VsockError},
@@ -49,7 +51,8 @@ use occupants::{Occupant, Occupants};
 
 use crate::{
     config::{
-        BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VmConfig, VsockConfig, name,
+        BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, RateLimitGroupConfig, VmConfig,
+        VsockConfig, name,
     },
     hvc::Hvc,
     interrupts::Routes,
@@ -252,6 +255,8 @@ pub(crate) struct Plug {
     routes: Arc<Routes>,
     memory: GuestMemoryMmap,
     device_memory: Arc<DeviceMemory>,
+    /// What groups of disks may do, by name.
+    limits: BTreeMap<String, RateLimiter>,
     bus: Arc<PciBus>,
     addresses: Mutex<AddressAllocator>,
     occupants: Occupants,
@@ -269,14 +274,23 @@ impl Plug {
         routes: Arc<Routes>,
         memory: GuestMemoryMmap,
         layout: &MemoryLayout,
+        groups: &[RateLimitGroupConfig],
         bus: Arc<PciBus>,
     ) -> Self {
+        let limits = groups
+            .iter()
+            .map(|group| {
+                let limits = Limits::from(&group.rate_limiter_config);
+                (group.id.clone(), RateLimiter::new(&limits))
+            })
+            .collect();
         let addresses =
             AddressAllocator::new(WINDOW.start, WINDOW.length).expect("the window is not empty");
         Self {
             doorbells: Arc::new(IoEvents(Arc::clone(&partition))),
             device_memory: Arc::new(DeviceMemory::new(Arc::clone(&partition), layout.devices)),
             partition,
+            limits,
             routes,
             memory,
             bus,
