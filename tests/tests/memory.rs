@@ -1,7 +1,13 @@
 //! Memory beyond RAM: files as persistent memory, and memory that comes and goes. In the lab, or on a machine with the real
 //! device.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 use rota_tests::api::Api;
 use rota_tests::child::{self, Vmm};
@@ -151,9 +157,12 @@ fn resident(vmm: &Vmm) -> u64 {
 fn memory_comes_and_goes() {
     require!(child::bootable());
     let api = Api::new("hotplug-memory");
+    let image = Image::new("hotplug-memory");
     let mut vmm = Vmm::boot_with_drivers(&[
         "--api-socket",
         &api.option(),
+        "--disk",
+        &format!("path={}", image.0.display()),
         "--memory",
         "size=256M,hotplug_method=virtio-mem,hotplug_size=512M",
     ]);
@@ -177,11 +186,25 @@ fn memory_comes_and_goes() {
     let full = resident(&vmm);
     assert!(full > before + 100 * MIB, "{before} bytes, then {full}");
     vmm.guest_runs("rm /more/data");
+    // Devices reach it, too: what is read ends up there.
+    let sum = checksum_in_guest(&mut vmm, "/dev/vda");
+    assert_eq!(sum, image.checksum(), "{}", vmm.printed());
 
     api.put("vm.resize", &json!({ "desired_ram": 256 * MIB }));
     wait_until(&mut vmm, &format!("[ $({total}) -le {at_start} ]"));
     assert_eq!(api.info()["memory_actual_size"], 256 * MIB);
     let left = resident(&vmm);
     assert!(left + 100 * MIB < full, "{full} bytes, then {left}");
+
+    // What was asked for last is asked for again.
+    api.put("vm.resize", &json!({ "desired_ram": 320 * MIB }));
+    api.put("vm.reboot", &Value::Null);
+    vmm.wait_for_init();
+    let deadline = Instant::now() + child::patience();
+    while api.info()["memory_actual_size"] != 320 * MIB {
+        assert!(Instant::now() < deadline, "{}", vmm.printed());
+        thread::sleep(Duration::from_millis(200));
+    }
+    vmm.guest_runs("true");
     power_off(vmm);
 }
