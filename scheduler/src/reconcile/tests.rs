@@ -572,10 +572,16 @@ impl Guest {
         }
     }
 
-    /// What the guest says of `what`.
-    fn says(&mut self, what: &str) -> String {
-        self.say();
-        self.wait_for(&format!("{what} "))
+    /// Until what the guest says of `what` contains `wanted`.
+    fn wait_until_it_says(&mut self, what: &str, wanted: &str) {
+        let begun = Instant::now();
+        loop {
+            self.say();
+            if self.wait_for(&format!("{what} ")).contains(wanted) {
+                return;
+            }
+            assert!(begun.elapsed() < SOON, "{what} {wanted}");
+        }
     }
 
     /// Milliseconds from `since_ns` to the event `what`.
@@ -609,13 +615,13 @@ fn a_cpuset_that_shrinks_and_grows_is_followed() {
         cpuset.set(&CpuSet::one(first));
         let shrunk = guest.ms_until("Available", begun);
         guest.wait_for_masks(&format!("masks {first} {first}"));
-        assert!(guest.says("placement").contains("Approximated"));
+        guest.wait_until_it_says("placement", "Approximated");
         let begun = sys::monotonic_ns();
         cpuset.set(&both);
         let grown = guest.ms_until("Available", begun);
         guest.wait_for_masks(&format!("masks {first} {second}"));
-        assert!(guest.says("placement").contains("Enforced"));
-        assert_eq!(guest.says("helper"), format!("helper {both}"));
+        guest.wait_until_it_says("placement", "Enforced");
+        guest.wait_until_it_says("helper", &both.to_string());
         println!("followed after {shrunk:.1} ms, and back after {grown:.1} ms");
         assert!(shrunk < 50.0 && grown < 50.0);
     }
