@@ -166,6 +166,33 @@ fn spread_goes_far_and_pack_stays_near() {
 }
 
 #[test]
+fn where_vcpus_come_and_go_the_others_stay() {
+    let host = host(true, 4, 1);
+    for sched in ["placement=dedicated", "placement=spread", "placement=pack"] {
+        let other = one(&host, &[], &request("b", 2, "placement=dedicated"));
+        let few = one(&host, std::slice::from_ref(&other), &request("a", 2, sched));
+        let more = one(
+            &host,
+            &[other.clone(), few.clone()],
+            &request("a", 5, sched),
+        );
+        assert_eq!(sets(&more)[..2], sets(&few)[..], "{sched}");
+        let fewer = one(&host, &[other, more.clone()], &request("a", 3, sched));
+        assert_eq!(sets(&fewer)[..], sets(&more)[..3], "{sched}");
+    }
+}
+
+#[test]
+fn a_map_names_vcpus_that_are_still_to_come() {
+    let policy: scheduler::VmPolicy = "map=[0@[1],2@[3]],weight=200".parse().expect("a policy");
+    let names = |vcpus| policy.for_vcpus(vcpus).to_string();
+    assert_eq!(names(3), policy.to_string());
+    assert_eq!(names(2), "placement=map,map=[0@[1]],weight=200");
+    let later: scheduler::VmPolicy = "map=[2@[3]]".parse().expect("a policy");
+    assert_eq!(later.for_vcpus(2), scheduler::VmPolicy::default());
+}
+
+#[test]
 fn numa_local_goes_where_memory_is() {
     let mut host = host(true, 2, 1);
     host.nodes[0].free_mib = 100;

@@ -150,9 +150,7 @@ pub fn run(
         None => Events::Off,
     };
     let mut announcement = Some(announcement);
-    report.plan = scheduling
-        .as_ref()
-        .map(|scheduling| scheduling.plan().clone());
+    report.plan = scheduling.as_ref().map(Scheduling::plan);
     report.mark("ready");
 
     let mut state = State::Created;

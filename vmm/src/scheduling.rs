@@ -170,14 +170,14 @@ impl Scheduling {
 
     /// The plan.
     #[must_use]
-    pub fn plan(&self) -> &VmPlan {
+    pub fn plan(&self) -> VmPlan {
         self.claim.plan()
     }
 
     /// Has guest memory come from the nodes that were planned, if there is a choice. To be called before any of it is touched.
     #[must_use]
     pub fn bind(&self, memory: &GuestMemoryMmap) -> Option<Outcome> {
-        scheduler::bind_memory(&self.host, self.plan(), &memory::host_ranges(memory))
+        scheduler::bind_memory(&self.host, &self.plan(), &memory::host_ranges(memory))
     }
 
     /// Makes the plan so for a partition of `device` that is ready to run. `before` is what was metered before a reset, `memory` what
@@ -193,7 +193,7 @@ impl Scheduling {
         memory: Option<Outcome>,
     ) -> Result<Placed<'a>, SchedulingError> {
         // Others may have changed it on making theirs.
-        let plan = &self.claim.current()?.unwrap_or_else(|| self.plan().clone());
+        let plan = &self.claim.current()?.unwrap_or_else(|| self.plan());
         let meter = Meter::new(MeterOptions {
             before: before.map(Box::new),
             ..MeterOptions::new(

@@ -201,7 +201,7 @@ fn rota(spec: &VmSpec, threads: &Threads, sched: &str, ledger: &Path) -> Result<
         guest_tells: barriers,
         ..EnforceOptions::new(owner)
     };
-    let enforcer = Enforcer::prepare(&host, claim.plan(), &options)?;
+    let enforcer = Enforcer::prepare(&host, &claim.plan(), &options)?;
     for (vcpu, tid) in threads.tids().iter().enumerate() {
         enforcer.adopt(ThreadRole::Vcpu(vcpu as u32), *tid)?;
     }

@@ -237,7 +237,7 @@ fn ask_rota<'a>(
         whole_process: false,
         ..EnforceOptions::new(owner)
     };
-    let enforcer = Enforcer::prepare(host, claim.plan(), &options)?;
+    let enforcer = Enforcer::prepare(host, &claim.plan(), &options)?;
     enforcer.adopt(ThreadRole::Vcpu(0), vm.tid)?;
     Ok((enforcer, claim))
 }

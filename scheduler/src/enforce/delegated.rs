@@ -44,6 +44,15 @@ impl Changed {
             let _ = partition.set_property(*code, *value);
         }
     }
+
+    /// Adds what has been changed since. What a property was before the first change counts.
+    pub(super) fn add(&mut self, later: Self) {
+        for (code, value) in later.0 {
+            if self.0.iter().all(|(had, _)| *had != code) {
+                self.0.push((code, value));
+            }
+        }
+    }
 }
 
 /// Tells the hypervisor what it can be told of `plan`. One effect for each control that was requested.
@@ -68,6 +77,13 @@ pub(super) fn delegate(
             None,
         );
     }
+    let reserve = policy.reserve_millicpus.map(|millicpus| {
+        let exact = WHOLE as f64 * f64::from(millicpus) / (1000 * vps) as f64;
+        (millicpus, (exact.round() as u64).min(WHOLE))
+    });
+    if let Some((_, value)) = reserve {
+        to.make_room_for_cap(value);
+    }
     if let Some(cap) = policy.cap {
         let exact = WHOLE as f64 * cap.quota_us as f64 / (cap.period_us.max(1) * vps) as f64;
         let value = (exact.round() as u64).clamp(1, WHOLE);
@@ -84,14 +100,13 @@ pub(super) fn delegate(
             (vps > 1 || cap.burst_us > 0).then_some(why),
         );
     }
-    if let Some(millicpus) = policy.reserve_millicpus {
-        let exact = WHOLE as f64 * f64::from(millicpus) / (1000 * vps) as f64;
+    if let Some((millicpus, value)) = reserve {
         to.set(
             "reserve",
             super::words::millicpus(millicpus),
             "CpuReserve",
             CPU_RESERVE,
-            (exact.round() as u64).min(WHOLE),
+            value,
             (vps > 1).then_some("the hypervisor reserves for each VP, not for the VM"),
         );
     }
@@ -203,6 +218,17 @@ impl Delegation<'_> {
             },
         };
         self.push(control, requested, outcome);
+    }
+
+    /// A cap that is less than the reserve is not taken: where more VPs are to share the same, the reserve of each goes down first.
+    fn make_room_for_cap(&mut self, reserve: u64) {
+        let has = self
+            .partition
+            .and_then(|partition| partition.property(CPU_RESERVE).ok());
+        if has.is_some_and(|has| has > reserve) {
+            // If it is not taken, it will be said where it is set for good.
+            let _ = self.write(CPU_RESERVE, reserve);
+        }
     }
 
     fn write(&mut self, code: u32, value: u64) -> Result<Written, String> {

@@ -23,6 +23,7 @@ use super::{
 use crate::{
     Claim, CpuSet, Gang, Host, Owner, SchedMode, SmtIsolation, Tid, VmPlan,
     gang::lever::{Lever, LeverKind},
+    ledger::Entry,
     sys,
 };
 
@@ -139,7 +140,7 @@ pub enum AdoptError {
 /// let host = Host::read()?;
 /// let owner = Owner::current("uuid of this VM")?;
 /// let claim = Ledger::open(None)?.claim(owner.clone(), |ledger| plan(&host, ledger, &[request]))?;
-/// let enforcer = Enforcer::prepare(&host, claim.plan(), &EnforceOptions::new(owner))?;
+/// let enforcer = Enforcer::prepare(&host, &claim.plan(), &EnforceOptions::new(owner))?;
 /// for effect in enforcer.effects() {
 ///     println!("{}: {} is {}", effect.control, effect.requested, effect.outcome);
 /// }
@@ -154,28 +155,33 @@ pub enum AdoptError {
 /// # }
 /// ```
 pub struct Enforcer<'a> {
-    shared: Arc<Shared>,
-    partition: Option<&'a dyn PartitionProperties>,
-    changed: Changed,
+    pub(super) shared: Arc<Shared>,
+    pub(super) partition: Option<&'a dyn PartitionProperties>,
+    pub(super) changed: Mutex<Changed>,
+    pub(super) owner: Owner,
+    pub(super) best_effort: bool,
+    pub(super) guest_tells: bool,
+    /// Its place in the ledger, where its groups are noted.
+    entry: Option<Entry>,
 }
 
 /// What the threads that look after a running VM share with its [`Enforcer`].
 pub(crate) struct Shared {
     /// As it was when the plan was made.
     host: Host,
-    plan: Mutex<VmPlan>,
+    pub(super) plan: Mutex<VmPlan>,
     /// All threads of this process serve this VM.
     whole_process: bool,
-    linux: Mutex<Option<Linux>>,
-    threads: Mutex<BTreeMap<Tid, Adopted>>,
-    effects: Mutex<Vec<Effect>>,
+    pub(super) linux: Mutex<Option<Linux>>,
+    pub(super) threads: Mutex<BTreeMap<Tid, Adopted>>,
+    pub(super) effects: Mutex<Vec<Effect>>,
     released: AtomicBool,
     /// Why nothing that is done may have an effect.
     doubt: Option<String>,
 }
 
-struct Adopted {
-    role: ThreadRole,
+pub(super) struct Adopted {
+    pub(super) role: ThreadRole,
     before: Option<Before>,
 }
 
@@ -207,43 +213,64 @@ impl<'a> Enforcer<'a> {
         let mut enforcer = Self {
             shared: Arc::new(shared),
             partition: options.partition,
-            changed: Changed::default(),
+            changed: Mutex::default(),
+            owner: options.owner.clone(),
+            best_effort: options.best_effort,
+            guest_tells: options.guest_tells,
+            entry: options.claim.map(|claim| claim.entry().clone()),
         };
-        let mut effects = match plan.mode {
-            SchedMode::Core | SchedMode::Classic => {
-                let (mut effects, changed) = delegated::delegate(plan, options.partition);
-                enforcer.changed = changed;
-                if let Some(plan) = delegated::for_helpers(plan) {
-                    let options = Options {
-                        bare: true,
-                        owner: options.owner.clone(),
-                        parent: None,
-                        memory: None,
-                        doubt: None,
-                        ..*options
-                    };
-                    let made = enforcer.prepare_linux(host, &plan, &options);
-                    effects.extend(delegated::of_helpers(made));
-                }
-                effects
+        let effects = if plan.mode.hypervisor_schedules() {
+            let (mut effects, changed) = delegated::delegate(plan, options.partition);
+            enforcer.changed = Mutex::new(changed);
+            if let Some(plan) = delegated::for_helpers(plan) {
+                let options = Options {
+                    bare: true,
+                    owner: options.owner.clone(),
+                    parent: None,
+                    memory: None,
+                    doubt: None,
+                    ..*options
+                };
+                let made = enforcer.prepare_linux(host, &plan, &options);
+                effects.extend(delegated::of_helpers(made));
             }
-            _ => enforcer.prepare_linux(host, plan, options),
+            effects
+        } else {
+            enforcer.prepare_linux(host, plan, options)
         };
-        for effect in &mut effects {
-            enforcer.shared.doubt(effect);
+        let effects = enforcer.judge(plan, effects, elsewhere::effects(host, plan, options))?;
+        *lock(&enforcer.shared.effects) = effects;
+        Ok(enforcer)
+    }
+
+    /// What the effects amount to where it is not certain who schedules, and whether they will do, with those `elsewhere`.
+    pub(super) fn judge(
+        &self,
+        plan: &VmPlan,
+        mut effects: Vec<Effect>,
+        elsewhere: Vec<Effect>,
+    ) -> Result<Vec<Effect>, Refused> {
+        let policy = &plan.request.policy;
+        if !plan.mode.hypervisor_schedules()
+            && !self.guest_tells
+            && matches!(policy.gang, Gang::Adaptive { .. })
+        {
+            untold(&mut effects);
         }
-        effects.extend(elsewhere::effects(host, plan, options));
-        let strict = plan.request.policy.strict;
+        for effect in &mut effects {
+            self.shared.doubt(effect);
+        }
+        effects.extend(elsewhere);
+        let strict = policy.strict;
         let refused = effects.iter().any(|effect| match effect.outcome {
-            Outcome::Rejected { .. } => strict || !options.best_effort,
+            Outcome::Rejected { .. } => strict || !self.best_effort,
             Outcome::Advisory { .. } => strict,
             _ => false,
         });
         if refused {
             return Err(Refused { effects, strict });
         }
-        *lock(&enforcer.shared.effects) = effects;
-        Ok(enforcer)
+        Ok(effects)
     }
 
     fn prepare_linux(&self, host: &Host, plan: &VmPlan, options: &Options<'_>) -> Vec<Effect> {
@@ -274,6 +301,17 @@ impl<'a> Enforcer<'a> {
         self.install(host, plan, options, places)
     }
 
+    /// Tells the others which groups are about to be made.
+    pub(super) fn note_groups(&self, groups: Vec<PathBuf>) {
+        if groups.is_empty() {
+            return;
+        }
+        let noted = self.entry.as_ref().map(|entry| entry.set_groups(groups));
+        if let Some(Err(error)) = noted {
+            warn!("control groups are not noted in the ledger: {error}");
+        }
+    }
+
     fn install(
         &self,
         host: &Host,
@@ -281,20 +319,9 @@ impl<'a> Enforcer<'a> {
         options: &Options<'_>,
         places: Places,
     ) -> Vec<Effect> {
-        let note_groups = |groups: Vec<_>| {
-            if groups.is_empty() {
-                return;
-            }
-            let noted = options.claim.map(|claim| claim.entry().set_groups(groups));
-            if let Some(Err(error)) = noted {
-                warn!("control groups are not noted in the ledger: {error}");
-            }
-        };
+        let note_groups = |groups| self.note_groups(groups);
         let (linux, mut effects) = Linux::prepare(host, plan, places, &options.owner, &note_groups);
         *lock(&self.shared.linux) = Some(linux);
-        if !options.guest_tells && matches!(plan.request.policy.gang, Gang::Adaptive { .. }) {
-            untold(&mut effects);
-        }
         if options.whole_process {
             // What the threads of this process start later is where they are.
             for tid in own_threads() {
@@ -357,7 +384,7 @@ impl Drop for Enforcer<'_> {
     fn drop(&mut self) {
         self.shared.release();
         if let Some(partition) = self.partition {
-            self.changed.restore(partition);
+            lock(&self.changed).restore(partition);
         }
     }
 }
@@ -402,7 +429,12 @@ impl Shared {
     }
 
     /// Says so if the kernel has given a thread other CPUs than it did when that was rehearsed.
-    fn note_placed(&self, role: ThreadRole, controls: &ThreadControls, placed: Option<CpuSet>) {
+    pub(super) fn note_placed(
+        &self,
+        role: ThreadRole,
+        controls: &ThreadControls,
+        placed: Option<CpuSet>,
+    ) {
         let (Some(wanted), Some(got)) = (&controls.cpus, placed) else {
             return;
         };
@@ -632,7 +664,10 @@ impl Shared {
     }
 }
 
-fn settings(linux: &Linux, role: ThreadRole) -> Result<(&Group, &ThreadControls), AdoptError> {
+pub(super) fn settings(
+    linux: &Linux,
+    role: ThreadRole,
+) -> Result<(&Group, &ThreadControls), AdoptError> {
     match role {
         ThreadRole::Helper => Ok((&linux.helper_group, &linux.helpers)),
         ThreadRole::Vcpu(vcpu) => match linux.vcpus.get(vcpu as usize) {
@@ -645,7 +680,7 @@ fn settings(linux: &Linux, role: ThreadRole) -> Result<(&Group, &ThreadControls)
     }
 }
 
-fn apply(
+pub(super) fn apply(
     tid: Tid,
     group: &Group,
     controls: &ThreadControls,
@@ -668,7 +703,7 @@ fn apply(
 }
 
 /// A cookie passes from thread to thread by way of the one that asks, which would keep it: so a thread that ends is used.
-fn share_cookie(
+pub(super) fn share_cookie(
     cookies: SmtIsolation,
     role: ThreadRole,
     first: Option<Tid>,
@@ -724,6 +759,6 @@ fn own_threads() -> Vec<Tid> {
         .collect()
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

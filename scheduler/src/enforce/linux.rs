@@ -48,7 +48,6 @@ impl Linux {
         owner: &Owner,
         note_groups: &dyn Fn(Vec<PathBuf>),
     ) -> (Self, Vec<Effect>) {
-        let policy = &plan.request.policy;
         let mut linux = Self {
             reaped: places
                 .directories()
@@ -60,21 +59,76 @@ impl Linux {
             vcpu_groups: Vec::new(),
             helper_group: Group::default(),
             vcpus: Vec::new(),
-            helpers: ThreadControls {
-                cpus: some(&plan.helpers),
-                ..ThreadControls::default()
-            },
+            helpers: ThreadControls::default(),
             cookies: SmtIsolation::Off,
             lever: None,
             group_weight: VmPolicy::WEIGHT,
         };
         linux.make_groups(plan, owner, note_groups);
+        let effects = linux.tell(host, plan);
+        (linux, effects)
+    }
+
+    /// Makes another plan of the same VM so, which has other vCPUs. Nothing may move threads or levers meanwhile. What fails leaves
+    /// an effect that says so; the plan before can be made so again.
+    pub(super) fn resize(
+        &mut self,
+        host: &Host,
+        plan: &VmPlan,
+        owner: &Owner,
+        note_groups: &dyn Fn(Vec<PathBuf>),
+    ) -> Vec<Effect> {
+        let regrouped = self.regroup(plan, owner, note_groups);
+        self.lever = None;
+        self.group_weight = VmPolicy::WEIGHT;
+        self.cookies = SmtIsolation::Off;
+        let mut effects = self.tell(host, plan);
+        if let Err(error) = regrouped {
+            effects.push(Effect {
+                control: "groups".into(),
+                requested: words::placement(plan),
+                outcome: Outcome::Rejected {
+                    why: format!("control groups for these vCPUs cannot be had: {error}"),
+                },
+            });
+        }
+        effects
+    }
+
+    /// Has as many groups as the plan needs, with its CPUs.
+    fn regroup(
+        &mut self,
+        plan: &VmPlan,
+        owner: &Owner,
+        note: &dyn Fn(Vec<PathBuf>),
+    ) -> io::Result<()> {
+        if plan.request.policy.rotate_us.is_some() {
+            let wanted = plan.vcpus.len();
+            note(self.group_paths(plan, owner));
+            for group in self.vcpu_groups.drain(wanted.min(self.vcpu_groups.len())..) {
+                group.remove();
+            }
+            for vcpu in self.vcpu_groups.len()..wanted {
+                let part = cgroup::name(&plan.request.vm, owner, &format!("vcpu{vcpu}"));
+                self.vcpu_groups.push(self.places.create(&part)?);
+            }
+        }
+        self.fill_cpusets(plan)
+    }
+
+    /// What each thread is to be told.
+    fn set_controls(&mut self, plan: &VmPlan) {
+        let policy = &plan.request.policy;
+        self.helpers = ThreadControls {
+            cpus: some(&plan.helpers),
+            ..ThreadControls::default()
+        };
         let class = match (policy.deadline, policy.rt) {
             (Some(deadline), _) => Class::Deadline(deadline),
             (None, Some(priority)) => Class::Fifo(priority),
             (None, None) => Class::Fair,
         };
-        linux.vcpus = plan
+        self.vcpus = plan
             .vcpus
             .iter()
             .map(|vcpu| ThreadControls {
@@ -85,21 +139,23 @@ impl Linux {
             })
             .collect();
         if matches!(class, Class::Deadline(_)) {
-            linux.part(plan);
+            self.part(plan);
         }
-        let all = plan
-            .vcpus
-            .iter()
-            .fold(CpuSet::new(), |all, vcpu| &all | &vcpu.cpus);
-        if !all.is_disjoint(&plan.helpers) && class == Class::Fair {
+        if !all_cpus(plan).is_disjoint(&plan.helpers) && class == Class::Fair {
             // Where they share CPUs with vCPUs, the threads that serve the guest go first when they wake.
-            linux.helpers.slice_us = Slice::Latency.micros();
+            self.helpers.slice_us = Slice::Latency.micros();
             // A vCPU's thread is started by one of them, and has what that has: 0 is the kernel's own slice.
-            for vcpu in &mut linux.vcpus {
+            for vcpu in &mut self.vcpus {
                 vcpu.slice_us.get_or_insert(0);
             }
         }
+    }
 
+    /// Tells groups, and rehearses what threads will be told.
+    fn tell(&mut self, host: &Host, plan: &VmPlan) -> Vec<Effect> {
+        self.set_controls(plan);
+        let policy = &plan.request.policy;
+        let all = all_cpus(plan);
         let mut effects = Vec::new();
         let mut note = |control: &str, requested: String, outcome| {
             effects.push(Effect {
@@ -111,21 +167,21 @@ impl Linux {
         note(
             "placement",
             words::placement(plan),
-            linux.try_placement(plan),
+            self.try_placement(plan),
         );
         note(
             "helpers",
             format!("CPUs {}", plan.helpers),
-            linux.try_helpers(plan),
+            self.try_helpers(plan),
         );
         if let Some(weight) = policy.weight {
-            note("weight", weight.to_string(), linux.try_weight(host, weight));
-        } else if linux.vcpu_groups.len() > 1
-            && linux.vcpu_groups.iter().all(|group| group.cpu.is_some())
+            note("weight", weight.to_string(), self.try_weight(host, weight));
+        } else if policy.rotate_us.is_some()
+            && self.vcpu_groups.iter().all(|group| group.cpu.is_some())
             && !host.abilities.sched_ext_active.yes
         {
             // Each of its groups has the weight of a VM to begin with.
-            let outcome = linux.try_weight(host, VmPolicy::WEIGHT);
+            let outcome = self.try_weight(host, VmPolicy::WEIGHT);
             if outcome != Outcome::Enforced {
                 note(
                     "weight",
@@ -140,7 +196,7 @@ impl Linux {
             if blackout > 0 {
                 requested += &format!("; stands still for up to {}", words::micros(blackout));
             }
-            note("cap", requested, linux.try_cap(&cap));
+            note("cap", requested, self.try_cap(&cap));
         }
         if let Some(millicpus) = policy.reserve_millicpus {
             let requested = words::millicpus(millicpus);
@@ -151,30 +207,30 @@ impl Linux {
             });
         }
         if let Some(slice) = policy.slice.filter(|slice| *slice != Slice::Default) {
-            note("slice", words::slice(slice), linux.try_slice(host, slice));
+            note("slice", words::slice(slice), self.try_slice(host, slice));
         }
         if let Some(priority) = policy.rt {
-            let outcome = linux.try_class(&all, &plan.helpers);
+            let outcome = self.try_class(&all, &plan.helpers);
             note("rt", format!("priority {priority}"), outcome);
         }
         if let Some(deadline) = policy.deadline {
-            let outcome = linux.try_class(&all, &plan.helpers);
+            let outcome = self.try_class(&all, &plan.helpers);
             note("deadline", words::deadline(&deadline), outcome);
         }
         if let Some(requested) = words::smt(policy.smt) {
-            note("smt", requested, linux.try_smt(host, plan));
+            note("smt", requested, self.try_smt(host, plan));
         }
         if let Some(us) = policy.rotate_us {
             let requested = format!("turns of {}", words::micros(us.into()));
-            note("rotate", requested, linux.try_lever(host, us));
+            note("rotate", requested, self.try_lever(host, us));
         }
         if let Some(requested) = words::gang(policy.gang) {
             let (Gang::Soft { quantum_us } | Gang::Adaptive { quantum_us }) = policy.gang else {
                 unreachable!("no words for no gang");
             };
-            note("gang", requested, linux.try_lever(host, quantum_us));
+            note("gang", requested, self.try_lever(host, quantum_us));
         }
-        (linux, effects)
+        effects
     }
 
     /// The group of vCPU `vcpu`.
@@ -296,22 +352,9 @@ impl Linux {
             let why = "a new group of version 1 has no real-time budget on this kernel";
             self.places.notes.push(why.into());
         }
+        note(self.group_paths(plan, owner));
         let vm = &plan.request.vm;
-        let parts: Vec<String> = match plan.request.policy.rotate_us {
-            None => vec!["vcpu".into()],
-            Some(_) => (0..plan.vcpus.len())
-                .map(|vcpu| format!("vcpu{vcpu}"))
-                .collect(),
-        };
-        let places = self.places.directories();
-        let names = || parts.iter().map(String::as_str).chain(["helpers"]);
-        note(
-            names()
-                .map(|part| cgroup::name(vm, owner, part))
-                .flat_map(|name| places.iter().map(move |place| place.path.join(&name)))
-                .collect(),
-        );
-        let made = parts
+        let made = parts(plan)
             .iter()
             .try_for_each(|part| {
                 let group = self.places.create(&cgroup::name(vm, owner, part))?;
@@ -335,6 +378,18 @@ impl Linux {
                 ..Places::default()
             };
         }
+    }
+
+    /// The directories of the groups that the plan needs.
+    fn group_paths(&self, plan: &VmPlan, owner: &Owner) -> Vec<PathBuf> {
+        let places = self.places.directories();
+        parts(plan)
+            .iter()
+            .map(String::as_str)
+            .chain(["helpers"])
+            .map(|part| cgroup::name(&plan.request.vm, owner, part))
+            .flat_map(|name| places.iter().map(move |place| place.path.join(&name)))
+            .collect()
     }
 
     fn fill_cpusets(&self, plan: &VmPlan) -> io::Result<()> {
@@ -361,6 +416,23 @@ impl Linux {
         let group = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let session = session.split_whitespace().next().unwrap_or_default();
         format!("{session} {}", group.lines().last().unwrap_or_default())
+    }
+}
+
+/// The CPUs of all vCPUs.
+fn all_cpus(plan: &VmPlan) -> CpuSet {
+    plan.vcpus
+        .iter()
+        .fold(CpuSet::new(), |all, vcpu| &all | &vcpu.cpus)
+}
+
+/// What the vCPUs' groups are called: there is one for each where they take turns one by one.
+fn parts(plan: &VmPlan) -> Vec<String> {
+    match plan.request.policy.rotate_us {
+        None => vec!["vcpu".into()],
+        Some(_) => (0..plan.vcpus.len())
+            .map(|vcpu| format!("vcpu{vcpu}"))
+            .collect(),
     }
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //! VmPlan ──▶ Enforcer::prepare ──▶ groups, rehearsed controls, effects      (nothing runs yet)
 //!                  adopt(role, tid) ──▶ one thread at a time, also later
+//!                  resize(plan) ──▶ more vCPUs, or fewer
 //!                  drop ──▶ everything as it was
 //! ```
 //!
@@ -21,6 +22,7 @@ mod places;
 #[cfg(test)]
 mod process_tests;
 mod rehearse;
+mod resize;
 mod smt;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -42,10 +42,10 @@ pub(super) fn furnish(path: &Path) -> io::Result<()> {
 }
 
 /// A made-up directory of version 2 that goes with the test.
-struct MadeUp(PathBuf);
+pub(super) struct MadeUp(pub(super) PathBuf);
 
 impl MadeUp {
-    fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("rota-cgroup-{name}-{}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).unwrap();
@@ -53,7 +53,7 @@ impl MadeUp {
         Self(path)
     }
 
-    fn groups(&self) -> Vec<String> {
+    pub(super) fn groups(&self) -> Vec<String> {
         let mut names: Vec<String> = fs::read_dir(&self.0)
             .unwrap()
             .map(|entry| entry.unwrap())
@@ -64,7 +64,7 @@ impl MadeUp {
         names
     }
 
-    fn read(&self, part: &str, file: &str) -> String {
+    pub(super) fn read(&self, part: &str, file: &str) -> String {
         let name = self
             .groups()
             .into_iter()
@@ -176,7 +176,7 @@ pub(crate) fn options() -> Options<'static> {
     }
 }
 
-fn outcome<'a>(effects: &'a [Effect], control: &str) -> &'a Outcome {
+pub(super) fn outcome<'a>(effects: &'a [Effect], control: &str) -> &'a Outcome {
     &effects
         .iter()
         .find(|effect| effect.control == control)

@@ -1,6 +1,9 @@
 //! A VM's entry in the ledger, from the plan to the end of the VM.
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+};
 
 use super::{Ledger, LedgerEntry, LedgerError, LedgerState, Owner, Rotation};
 use crate::{Plan, Rejection, VmId, VmPlan};
@@ -40,7 +43,7 @@ fn reasons(rejection: &Rejection) -> String {
 #[derive(Debug)]
 pub struct Claim {
     entry: Entry,
-    plan: VmPlan,
+    plan: Mutex<VmPlan>,
 }
 
 /// Where a VM's entry is.
@@ -63,32 +66,9 @@ impl Ledger {
         plan: impl FnOnce(&LedgerState) -> Result<Plan, Rejection>,
     ) -> Result<Claim, ClaimError> {
         let plan = self.update(|state| {
-            let mut plan =
+            let plan =
                 plan(state).map_err(|rejection| ClaimError::Rejected(Box::new(rejection)))?;
-            let Some(own) = plan.vms.pop().filter(|_| plan.vms.is_empty()) else {
-                return Err(ClaimError::NotOne(plan.vms.len()));
-            };
-            if let Some(entry) = state.entry(&own.request.vm)
-                && entry.owner != owner
-            {
-                return Err(ClaimError::Taken {
-                    vm: own.request.vm,
-                    pid: entry.owner.pid,
-                });
-            }
-            adjust(state, plan.adjusted);
-            let before = state.entry(&own.request.vm);
-            let groups = before.map_or_else(Vec::new, |entry| entry.groups.clone());
-            state
-                .entries
-                .retain(|entry| entry.plan.request.vm != own.request.vm);
-            state.entries.push(LedgerEntry {
-                owner: owner.clone(),
-                plan: own.clone(),
-                rotation: None,
-                groups,
-            });
-            Ok(own)
+            write_down(state, &owner, plan)
         })?;
         Ok(Claim {
             entry: Entry {
@@ -96,7 +76,7 @@ impl Ledger {
                 owner,
                 vm: plan.request.vm.clone(),
             },
-            plan,
+            plan: Mutex::new(plan),
         })
     }
 }
@@ -111,11 +91,68 @@ fn adjust(state: &mut LedgerState, adjusted: Vec<VmPlan>) {
     }
 }
 
+/// Puts the plan of `owner`'s VM in the place of the one it had, and what that changes for others in theirs. How the VM takes turns
+/// stays.
+fn write_down(
+    state: &mut LedgerState,
+    owner: &Owner,
+    mut plan: Plan,
+) -> Result<VmPlan, ClaimError> {
+    let Some(own) = plan.vms.pop().filter(|_| plan.vms.is_empty()) else {
+        return Err(ClaimError::NotOne(plan.vms.len()));
+    };
+    let had = state.entry(&own.request.vm);
+    if let Some(entry) = had
+        && entry.owner != *owner
+    {
+        return Err(ClaimError::Taken {
+            vm: own.request.vm,
+            pid: entry.owner.pid,
+        });
+    }
+    let rotation = had.and_then(|entry| entry.rotation.clone());
+    let groups = had.map_or_else(Vec::new, |entry| entry.groups.clone());
+    adjust(state, plan.adjusted);
+    state
+        .entries
+        .retain(|entry| entry.plan.request.vm != own.request.vm);
+    state.entries.push(LedgerEntry {
+        owner: owner.clone(),
+        plan: own.clone(),
+        rotation,
+        groups,
+    });
+    Ok(own)
+}
+
 impl Claim {
-    /// The plan as it was made.
+    /// The plan as this process made it last.
     #[must_use]
-    pub fn plan(&self) -> &VmPlan {
-        &self.plan
+    pub fn plan(&self) -> VmPlan {
+        self.plan
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Plans the VM again, which is to be another now, and writes that down. `plan` gets what all VMs have, also this one.
+    ///
+    /// # Errors
+    /// What `plan` rejects, or a ledger that cannot be used. Then the VM has what it had.
+    pub fn replan(
+        &self,
+        plan: impl FnOnce(&LedgerState) -> Result<Plan, Rejection>,
+    ) -> Result<VmPlan, ClaimError> {
+        let plan = self.entry.ledger.update(|state| {
+            let plan =
+                plan(state).map_err(|rejection| ClaimError::Rejected(Box::new(rejection)))?;
+            write_down(state, &self.entry.owner, plan)
+        })?;
+        self.plan
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone_from(&plan);
+        Ok(plan)
     }
 
     /// The ledger it is in.

@@ -12,7 +12,8 @@ use std::{
 
 use super::*;
 use crate::{
-    CpuSet, Placement, Plan, Request, SchedMode, VcpuPlan, VmPlan, VmPolicy, policy::Cores,
+    CpuSet, Placement, Plan, Rejection, Request, SchedMode, VcpuPlan, VmPlan, VmPolicy,
+    policy::Cores,
 };
 
 /// A directory that goes with the test.
@@ -114,7 +115,7 @@ fn a_claim_is_there_until_it_is_dropped() {
     claim.entry().set_rotation(Some(rotation.clone())).unwrap();
     let state = ledger.read().unwrap();
     assert_eq!(state.entry(&"a".into()).unwrap().rotation, Some(rotation));
-    assert_eq!(claim.current().unwrap().as_ref(), Some(claim.plan()));
+    assert_eq!(claim.current().unwrap().as_ref(), Some(&claim.plan()));
     drop(claim);
     assert!(ledger.read().unwrap().entry(&"a".into()).is_none());
     drop(second);
@@ -164,6 +165,47 @@ fn plans_of_others_are_adjusted_in_the_same_step() {
         })
         .unwrap();
     assert_eq!(first.current().unwrap().unwrap().exclusive, CpuSet::one(7));
+}
+
+#[test]
+fn a_vm_is_planned_again_or_keeps_what_it_has() {
+    let scratch = Scratch::new("again");
+    let ledger = scratch.ledger();
+    let claim = ledger
+        .claim(owner(), |state| Ok(first_free("a", state)))
+        .unwrap();
+    let rotation = Rotation {
+        since_ns: 1,
+        adaptive: false,
+        arena: "here".into(),
+        gain_milli: None,
+    };
+    claim.entry().set_rotation(Some(rotation.clone())).unwrap();
+    let moved = claim.replan(|state| {
+        assert_eq!(state.entries.len(), 1, "it sees itself");
+        Ok(Plan {
+            vms: vec![dedicated("a", 7)],
+            adjusted: Vec::new(),
+        })
+    });
+    assert_eq!(moved.unwrap().exclusive, CpuSet::one(7));
+    assert_eq!(claim.plan().exclusive, CpuSet::one(7));
+    let state = ledger.read().unwrap();
+    assert_eq!(state.entries[0].plan, claim.plan());
+    assert_eq!(
+        state.entries[0].rotation,
+        Some(rotation),
+        "it still takes turns"
+    );
+    let refused = claim.replan(|_| {
+        Err(Rejection {
+            reasons: Vec::new(),
+            nearest: None,
+        })
+    });
+    assert!(matches!(refused, Err(ClaimError::Rejected(_))));
+    assert_eq!(ledger.read().unwrap(), state);
+    assert_eq!(claim.plan().exclusive, CpuSet::one(7));
 }
 
 #[test]
@@ -303,7 +345,7 @@ fn killed_between_any_two_steps_a_writer_leaves_a_ledger() {
         let state = ledger.read().unwrap();
         assert_no_cpu_twice(&state);
         assert_eq!(state.entries.len(), 1, "step {step}: {state:?}");
-        assert_eq!(state.entries[0].plan, *claim.plan());
+        assert_eq!(state.entries[0].plan, claim.plan());
         // Whoever comes next can work.
         let next = ledger
             .claim(owner(), |state| Ok(first_free("next", state)))

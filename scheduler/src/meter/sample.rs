@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use super::{
     hypervisor::{self, DEBUGFS, RunTimes, VpCounts, VpStats},
     spins::{self, LongSpins},
     threads::{ThreadCounts, ThreadFiles},
-    vp::VpMeter,
+    vp::{Threads, VpMeter},
 };
 use crate::{
     GangSignal, SchedMode, Tid, VmId,
@@ -147,17 +147,24 @@ pub struct ExitMeter {
 /// Meters one VM.
 pub struct Meter {
     options: MeterOptions,
-    vps: Vec<Arc<VpMeter>>,
-    sources: Mutex<Vec<Sources>>,
+    vcpus: Mutex<Vcpus>,
+}
+
+/// The vCPUs that are or were there.
+struct Vcpus {
+    metered: Vec<(Arc<VpMeter>, Sources)>,
+    /// How many of them are there now.
+    present: u32,
 }
 
 /// Files and last readings of one vCPU.
 #[derive(Default)]
 struct Sources {
+    /// The thread, and its files while it lives.
+    tid: Option<Tid>,
     thread: Option<ThreadFiles>,
     counts: Option<ThreadCounts>,
-    /// When they were read.
-    counts_ns: u64,
+    halted_ns: u64,
     hypervisor: Option<VpStats>,
     /// What was counted when the thread became the VP's.
     hypervisor_counts: Option<VpCounts>,
@@ -171,22 +178,43 @@ impl Meter {
     #[must_use]
     pub fn new(options: MeterOptions) -> Self {
         clock::begin();
-        Self {
-            vps: (0..options.vcpus)
-                .map(|_| Arc::new(VpMeter::new(options.kinds.len())))
-                .collect(),
-            sources: Mutex::new((0..options.vcpus).map(|_| Sources::default()).collect()),
+        let vcpus = options.vcpus;
+        let before = options.before.as_ref().map_or(0, |vm| vm.vcpus.len());
+        let meter = Self {
             options,
+            vcpus: Mutex::new(Vcpus {
+                metered: Vec::new(),
+                present: vcpus,
+            }),
+        };
+        // Those that had gone before keep what they had got.
+        meter.resize(vcpus.max(before as u32));
+        meter.lock().present = vcpus;
+        meter
+    }
+
+    /// There are `vcpus` vCPUs from now on. Of those that go, what they got until then stays.
+    pub fn resize(&self, vcpus: u32) {
+        let mut all = self.lock();
+        all.present = vcpus;
+        while all.metered.len() < vcpus as usize {
+            let vp = Arc::new(VpMeter::new(self.options.kinds.len()));
+            all.metered.push((vp, Sources::default()));
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vcpus> {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the thread of vCPU `vcpu` writes to.
     #[must_use]
     pub fn vp(&self, vcpu: u32) -> Option<Arc<VpMeter>> {
-        self.vps.get(vcpu as usize).cloned()
+        let all = self.lock();
+        all.metered.get(vcpu as usize).map(|(vp, _)| Arc::clone(vp))
     }
 
-    /// What adaptive gangs can be judged by, if this process may read the hypervisor's counters at all.
+    /// What adaptive gangs of the vCPUs that are there now can be judged by, if this process may read the hypervisor's counters at all.
     #[must_use]
     pub fn gang_signal(&self) -> Option<Box<dyn GangSignal>> {
         let MeterOptions {
@@ -197,7 +225,10 @@ impl Meter {
         if !spins::are_counted(debugfs) {
             return None;
         }
-        let signal = LongSpins::new(self.vps.clone(), debugfs.clone(), *partition_id);
+        let all = self.lock();
+        let present = all.metered.iter().take(all.present as usize);
+        let vps = present.map(|(vp, _)| Arc::clone(vp)).collect();
+        let signal = LongSpins::new(vps, debugfs.clone(), *partition_id);
         Some(Box::new(signal))
     }
 
@@ -217,14 +248,14 @@ impl Meter {
     fn sample_of(&self, hypervisor: Option<&dyn RunTimes>) -> VmMeter {
         let (at_ns, cpu_ns) = (monotonic_ns(), thread_cpu_ns());
         let ns_per_tick = clock::ns_per_tick();
-        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.lock();
         let mut buffer = Vec::new();
-        let known = || self.vps.iter().find_map(|vp| vp.partition());
+        let known = || all.metered.iter().find_map(|(vp, _)| vp.partition());
         let partition = self.options.partition_id.or_else(known);
         let vcpus = (0u32..)
-            .zip(self.vps.iter().zip(sources.iter_mut()))
+            .zip(&mut all.metered)
             .map(|(vcpu, (vp, sources))| {
-                sources.read(vp, &mut buffer);
+                sources.read(vp.threads(), &mut buffer);
                 if let Some(partition) = partition {
                     sources.read_counters(&self.options.debugfs, partition, vcpu, &mut buffer);
                 }
@@ -234,7 +265,7 @@ impl Meter {
                 let mut meter = self.vcpu(vcpu, vp, sources, ns_per_tick);
                 let before = self.options.before.as_ref();
                 if let Some(before) = before.and_then(|vm| vm.vcpus.get(vcpu as usize)) {
-                    meter.go_on_from(before);
+                    meter.go_on_from(before, vp.threads());
                 }
                 meter
             })
@@ -249,8 +280,7 @@ impl Meter {
     }
 
     fn vcpu(&self, vcpu: u32, vp: &VpMeter, sources: &Sources, ns_per_tick: f64) -> VcpuMeter {
-        let thread = vp.thread();
-        let counts = Counts::of(self.options.mode, sources, thread.map(|(_, since)| since));
+        let counts = Counts::of(self.options.mode, sources);
         let exits = self
             .options
             .kinds
@@ -263,7 +293,7 @@ impl Meter {
             .collect();
         VcpuMeter {
             vcpu,
-            tid: thread.map(|(tid, _)| tid),
+            tid: vp.threads().now.map(|(tid, _)| tid),
             run_ns: counts.run,
             wait_ns: counts.wait,
             steal_ns: counts.steal,
@@ -285,26 +315,36 @@ impl Meter {
 }
 
 impl Sources {
-    /// A thread that has ended keeps what was read last.
-    fn read(&mut self, vp: &VpMeter, buffer: &mut Vec<u8>) {
-        let Some((tid, _)) = vp.thread() else {
-            return;
-        };
-        if self.thread.is_none() && self.counts.is_none() {
-            self.thread = ThreadFiles::open(tid).ok();
+    /// A thread that has ended without a word keeps what was read last.
+    fn read(&mut self, threads: Threads, buffer: &mut Vec<u8>) {
+        let tid = threads.now.map(|(tid, _)| tid);
+        if self.tid != tid || self.thread.is_none() && self.counts.is_none() {
+            self.tid = tid;
+            // The VP may be younger than its place here.
+            self.looked_for_hypervisor = self.hypervisor.is_some();
+            self.thread = tid.and_then(|tid| ThreadFiles::open(tid).ok());
         }
-        if let Some(files) = &self.thread {
-            match files.read(buffer) {
-                Some(counts) => {
-                    self.counts = Some(counts);
-                    self.counts_ns = monotonic_ns();
-                }
-                None => self.thread = None,
+        let before = threads.before.unwrap_or_default();
+        let now = self
+            .thread
+            .as_ref()
+            .zip(threads.now)
+            .map(|(files, (_, since))| (files.read(buffer), since));
+        match (now, threads.before) {
+            (Some((Some(counts), since)), _) => {
+                self.halted_ns = counts.halted_ns(since, monotonic_ns()) + before.1;
+                self.counts = Some(counts + before.0);
             }
+            (Some((None, _)), _) => self.thread = None,
+            (None, Some((counts, halted))) if tid.is_none() => {
+                self.halted_ns = halted;
+                self.counts = Some(counts);
+            }
+            (None, _) => {}
         }
     }
 
-    /// The hypervisor's counters, which are looked for once.
+    /// The hypervisor's counters, which are looked for once for each thread.
     fn read_counters(&mut self, debugfs: &Path, partition: u64, vcpu: u32, buffer: &mut Vec<u8>) {
         if !std::mem::replace(&mut self.looked_for_hypervisor, true) {
             self.hypervisor = VpStats::open(debugfs, partition, vcpu).ok();
@@ -339,7 +379,7 @@ const ASLEEP: &str = "the hypervisor schedules: the thread sleeps while the VP r
 const DOUBTFUL: &str = "nobody knows who schedules, so the thread's times may not be the VP's";
 
 impl Counts {
-    fn of(mode: SchedMode, sources: &Sources, since_ns: Option<u64>) -> Self {
+    fn of(mode: SchedMode, sources: &Sources) -> Self {
         let hypervisor = sources.hypervisor_counts.unwrap_or_default();
         let or = |value: Option<u64>, why: &str| match value {
             Some(value) => Metered::Known(value),
@@ -350,16 +390,7 @@ impl Counts {
                 let thread = |value: fn(&ThreadCounts) -> u64| {
                     or(sources.counts.as_ref().map(value), NO_THREAD)
                 };
-                let halted = sources
-                    .counts
-                    .as_ref()
-                    .zip(since_ns)
-                    .map(|(counts, since)| {
-                        sources
-                            .counts_ns
-                            .saturating_sub(since)
-                            .saturating_sub(counts.run_ns + counts.wait_ns)
-                    });
+                let halted = sources.counts.map(|_| sources.halted_ns);
                 Self {
                     run: thread(|counts| counts.run_ns),
                     wait: thread(|counts| counts.wait_ns),
@@ -411,8 +442,15 @@ impl Counts {
 }
 
 impl VcpuMeter {
-    /// Counts on from an earlier life.
-    fn go_on_from(&mut self, before: &Self) {
+    /// Counts on from an earlier life. Who has not run in this one has what it had.
+    fn go_on_from(&mut self, before: &Self, threads: Threads) {
+        if threads.now.is_none() && threads.before.is_none() {
+            *self = Self {
+                tid: None,
+                ..before.clone()
+            };
+            return;
+        }
         let add = |now: &mut Metered, before: &Metered| {
             if let (Metered::Known(now), Metered::Known(before)) = (now, before) {
                 *now += before;

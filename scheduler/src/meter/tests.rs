@@ -121,6 +121,45 @@ fn a_thread_keeps_its_last_numbers() {
 }
 
 #[test]
+fn a_vcpu_that_comes_again_counts_on() {
+    let meter = Meter::new(options(SchedMode::Root, 1));
+    assert!(meter.vp(1).is_none());
+    meter.resize(2);
+    let mut ran = 0;
+    for life in 1..=2 {
+        let vp = meter.vp(1).unwrap();
+        thread::spawn(move || {
+            vp.attach();
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_millis(20) {
+                std::hint::spin_loop();
+            }
+            vp.exited(0);
+            vp.detach();
+        })
+        .join()
+        .unwrap();
+        let sample = meter.sample();
+        let vcpu = &sample.vcpus[1];
+        let now = vcpu.run_ns.known().unwrap();
+        assert!(now > ran + 1_000_000, "{ran}, then {now}");
+        ran = now;
+        assert_eq!(vcpu.exits["port_read"].count, life);
+        assert_eq!(vcpu.exits["port_read"].ns, 0, "between lives is no exit");
+        assert_eq!(vcpu.tid, None);
+        // It goes, and what it got stays.
+        meter.resize(1);
+        assert_eq!(meter.sample().vcpus[1].run_ns, Metered::Known(ran));
+        meter.resize(2);
+    }
+    let later = Meter::new(MeterOptions {
+        before: Some(Box::new(meter.sample())),
+        ..options(SchedMode::Root, 1)
+    });
+    assert_eq!(later.sample().vcpus[1].run_ns, Metered::Known(ran));
+}
+
+#[test]
 fn where_the_hypervisor_schedules_the_threads_times_are_not_shown() {
     let meter = Meter::new(options(SchedMode::Core, 1));
     meter.vp(0).unwrap().attach();

@@ -1,6 +1,6 @@
 //! What Linux counts for a thread, from files that are opened once and read again and again.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, ops::Add, os::unix::fs::FileExt};
 
 use crate::Tid;
 
@@ -22,6 +22,33 @@ pub(super) struct ThreadCounts {
     pub(super) voluntary: u64,
     pub(super) involuntary: u64,
     pub(super) migrations: Option<u64>,
+}
+
+impl ThreadCounts {
+    /// How long the thread has neither run nor wanted to, from `since_ns` until `now_ns`, when it was counted.
+    pub(super) fn halted_ns(&self, since_ns: u64, now_ns: u64) -> u64 {
+        now_ns
+            .saturating_sub(since_ns)
+            .saturating_sub(self.run_ns + self.wait_ns)
+    }
+}
+
+impl Add for ThreadCounts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            run_ns: self.run_ns + other.run_ns,
+            wait_ns: self.wait_ns + other.wait_ns,
+            slices: self.slices + other.slices,
+            voluntary: self.voluntary + other.voluntary,
+            involuntary: self.involuntary + other.involuntary,
+            migrations: match (self.migrations, other.migrations) {
+                (Some(one), Some(another)) => Some(one + another),
+                (one, another) => one.or(another),
+            },
+        }
+    }
 }
 
 impl ThreadFiles {

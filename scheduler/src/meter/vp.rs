@@ -1,11 +1,15 @@
 //! What one VP's run loop tells its meter: a few stores an exit, none of them contended.
 
 use std::sync::{
-    OnceLock,
+    Mutex, MutexGuard, OnceLock, PoisonError,
     atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
-use super::{clock, histogram::Histogram};
+use super::{
+    clock,
+    histogram::Histogram,
+    threads::{ThreadCounts, ThreadFiles},
+};
 use crate::{Tid, sys::monotonic_ns};
 
 /// Written by the thread that runs a VP, read by whoever samples.
@@ -36,10 +40,22 @@ pub struct VpMeter {
     pub(super) kicks: Histogram,
     /// Interrupt to run, in ticks.
     interrupts: Histogram,
-    thread: OnceLock<(Tid, u64)>,
+    threads: Mutex<Threads>,
     partition: OnceLock<u64>,
     pending: Pending,
 }
+
+/// Who runs a VP, and what those got who ran it before.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Threads {
+    /// The thread, and since when it is the VP's.
+    pub(super) now: Option<(Tid, u64)>,
+    /// All that have gone.
+    pub(super) before: Option<(ThreadCounts, Halted)>,
+}
+
+/// Nanoseconds.
+type Halted = u64;
 
 /// Written by other threads, so in a place of its own.
 #[derive(Debug, Default)]
@@ -61,15 +77,39 @@ impl VpMeter {
             kind: AtomicU64::new(0),
             kicks: Histogram::default(),
             interrupts: Histogram::default(),
-            thread: OnceLock::new(),
+            threads: Mutex::default(),
             partition: OnceLock::new(),
             pending: Pending::default(),
         }
     }
 
-    /// The calling thread is the one that runs the VP.
+    /// The calling thread is the one that runs the VP from now on.
     pub fn attach(&self) {
-        self.thread.get_or_init(|| (Tid::current(), monotonic_ns()));
+        self.since.store(0, Relaxed);
+        self.pending.kick.store(0, Relaxed);
+        self.pending.interrupt.store(0, Relaxed);
+        self.lock().now = Some((Tid::current(), monotonic_ns()));
+    }
+
+    /// The calling thread, which is the VP's, will not run it any more. What it got is kept, and another that comes counts on.
+    pub fn detach(&self) {
+        let mut threads = self.lock();
+        let Some((tid, since)) = threads.now.filter(|(tid, _)| *tid == Tid::current()) else {
+            return;
+        };
+        let counts = ThreadFiles::open(tid)
+            .ok()
+            .and_then(|files| files.read(&mut Vec::new()));
+        if let Some(counts) = counts {
+            let halted = counts.halted_ns(since, monotonic_ns());
+            let (before, halted_before) = threads.before.unwrap_or_default();
+            threads.before = Some((counts + before, halted + halted_before));
+        }
+        threads.now = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `RUN_VP` is next: what the VP came back for has been dealt with. On the VP's thread.
@@ -159,8 +199,8 @@ impl VpMeter {
         self.partition.get().copied()
     }
 
-    /// The thread, and since when it is the VP's.
-    pub(super) fn thread(&self) -> Option<(Tid, u64)> {
-        self.thread.get().copied()
+    /// Who runs it, and who did.
+    pub(super) fn threads(&self) -> Threads {
+        *self.lock()
     }
 }

@@ -171,7 +171,7 @@ fn parts(
         );
     }
     let had: Option<Vec<&CpuSet>> = before
-        .filter(|plan| plan.exclusive.is_empty())
+        .filter(|plan| plan.exclusive.is_empty() && plan.request.vcpus == request.vcpus)
         .map(|plan| plan.vcpus.iter().map(|vcpu| &vcpu.cpus).collect());
     let sets = match had.and_then(|had| shared::refit(space, &had, pool, vcpu)) {
         Some(sets) => sets,

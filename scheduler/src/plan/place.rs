@@ -14,11 +14,12 @@ pub(super) fn place(
     request: &Request,
     before: Option<&VmPlan>,
 ) -> Result<VmPlan, Binding> {
-    let same = before.filter(|plan| {
-        same_place(&plan.request, request)
+    let similar = before.filter(|plan| {
+        same_kind(&plan.request, request)
             && plan.mode == space.host.mode
-            && plan.vcpus.len() == request.vcpus as usize
+            && plan.vcpus.len() == plan.request.vcpus as usize
     });
+    let same = similar.filter(|plan| plan.request.vcpus == request.vcpus);
     if let Some(plan) = same.and_then(|plan| kept(space, request, plan)) {
         return Ok(plan);
     }
@@ -27,7 +28,8 @@ pub(super) fn place(
         constraint,
         detail,
     };
-    let found = layout::find(space, request, same).map_err(refuse);
+    // Where vCPUs come and go, the others stay if they can.
+    let found = layout::find(space, request, similar).map_err(refuse);
     match found {
         Ok(layout) => Ok(finish(space, request, layout)),
         // What it had is still good, though it cannot be made better.
@@ -38,9 +40,9 @@ pub(super) fn place(
     }
 }
 
-/// Would both requests get the same place?
-fn same_place(a: &Request, b: &Request) -> bool {
-    (a.vcpus, a.threads_per_core, a.memory_mib) == (b.vcpus, b.threads_per_core, b.memory_mib)
+/// Would both requests get the same place, but for the number of their vCPUs?
+fn same_kind(a: &Request, b: &Request) -> bool {
+    (a.threads_per_core, a.memory_mib) == (b.threads_per_core, b.memory_mib)
         && a.policy.placement == b.policy.placement
         && a.policy.helpers == b.policy.helpers
         && a.policy.rt.is_some() == b.policy.rt.is_some()

@@ -233,6 +233,19 @@ impl VmPolicy {
             ..self.clone()
         }
     }
+
+    /// What is wanted while there are `vcpus` vCPUs: a map can name more, which are still to come.
+    #[must_use]
+    pub fn for_vcpus(&self, vcpus: u32) -> Self {
+        let mut policy = self.clone();
+        if let Placement::Map(map) = &mut policy.placement {
+            map.retain(|(vcpu, _)| *vcpu < vcpus);
+            if map.is_empty() {
+                policy.placement = Placement::Shared;
+            }
+        }
+        policy
+    }
 }
 
 impl Placement {

@@ -113,7 +113,7 @@ impl CpuEvents {
 }
 
 /// The file that says which CPUs a thread of group `group` can have at all: its own, or that of the nearest group above that has one.
-pub(super) fn effective_cpus_file(group: &Path) -> Option<PathBuf> {
+pub(crate) fn effective_cpus_file(group: &Path) -> Option<PathBuf> {
     group
         .ancestors()
         .flat_map(|directory| {

@@ -222,7 +222,7 @@ fn cpus_that_become_free_are_taken_up() {
     let own = claim("grows", 2, "placement=shared");
     let newcomer = claim("newcomer", 1, "placement=dedicated");
     // The plan as it was before the newcomer came.
-    let enforcer = Enforcer::prepare(&host, own.plan(), &bare()).unwrap();
+    let enforcer = Enforcer::prepare(&host, &own.plan(), &bare()).unwrap();
     let bodies = [Body::start(false), Body::start(false)];
     for (vcpu, body) in (0..).zip(&bodies) {
         enforcer.adopt(ThreadRole::Vcpu(vcpu), body.tid).unwrap();
