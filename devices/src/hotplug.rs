@@ -5,12 +5,13 @@
 //!
 //! | offset | bytes | |
 //! |---|---|---|
-//! | 0 | 1 | what has happened since this was last read: [`PCI_EVENT`], [`POWER_BUTTON_EVENT`] |
+//! | 0 | 1 | what has happened since this was last read: [`PCI_EVENT`], [`POWER_BUTTON_EVENT`], [`PROCESSOR_EVENT`] |
 //! | 4 | 4 | PCI devices that have come since this was last read, one bit each |
 //! | 8 | 4 | PCI devices that are asked to go since this was last read |
 //! | 12 | 4 | written by the guest: the devices with these bits are ready to go |
 //!
-//! What is to be told is in the registers before the interrupt is raised, and a read takes it: nothing gets lost between.
+//! What is to be told is in the registers before the interrupt is raised, and a read takes it: nothing gets lost between. Which
+//! processors come and go is in [registers of their own](crate::processors).
 
 use std::sync::{
     Arc,
@@ -36,6 +37,8 @@ pub const LENGTH: u64 = 16;
 pub const PCI_EVENT: u8 = 1 << 0;
 /// In [`EVENTS`]: the power button was pressed.
 pub const POWER_BUTTON_EVENT: u8 = 1 << 1;
+/// In [`EVENTS`]: processors have come or are asked to go.
+pub const PROCESSOR_EVENT: u8 = 1 << 2;
 
 /// Takes devices out of the machine.
 pub trait Ejector: Send + Sync {
@@ -82,6 +85,18 @@ impl Hotplug {
     /// Presses the power button.
     pub fn press_power_button(&self) {
         self.raise(POWER_BUTTON_EVENT);
+    }
+
+    /// Tells the guest that there is something in the registers of [`crate::processors`].
+    pub fn processors_changed(&self) {
+        self.raise(PROCESSOR_EVENT);
+    }
+
+    /// Raises the interrupt again for what has not been read yet: one that came while nobody took interrupts is lost.
+    pub fn remind(&self) {
+        if self.events.load(Ordering::Acquire) != 0 {
+            let _ = self.interrupt.write(1);
+        }
     }
 
     fn raise(&self, event: u8) {
@@ -183,6 +198,20 @@ mod tests {
         assert_eq!(dword(&hotplug, LEAVING), 1 << 5);
         assert_eq!(dword(&hotplug, ARRIVED), 0);
         assert_eq!(dword(&hotplug, LEAVING), 0);
+    }
+
+    #[test]
+    fn what_was_not_heard_is_said_again() {
+        let (hotplug, interrupt, _) = hotplug();
+        hotplug.remind();
+        assert!(interrupt.read().is_err(), "there is nothing to say");
+        hotplug.processors_changed();
+        assert_eq!(interrupt.read().unwrap(), 1);
+        hotplug.remind();
+        assert_eq!(interrupt.read().unwrap(), 1);
+        assert_eq!(byte(&hotplug), PROCESSOR_EVENT);
+        hotplug.remind();
+        assert!(interrupt.read().is_err(), "it has been read");
     }
 
     #[test]

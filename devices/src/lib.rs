@@ -25,6 +25,7 @@ pub mod ioapic;
 pub mod pci;
 pub mod post;
 pub mod power;
+pub mod processors;
 pub mod serial;
 pub mod virtio;
 
