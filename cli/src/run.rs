@@ -123,7 +123,7 @@ impl Run {
             }
         };
         if let Some(path) = &self.report
-            && let Err(error) = report.write(path, config.cpus.boot_vcpus, ended)
+            && let Err(error) = report.write(path, ended)
         {
             say(format_args!(
                 "cannot write the report to {}: {error}",

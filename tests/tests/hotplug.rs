@@ -1,7 +1,12 @@
 //! Devices that come and go while a guest runs, and what else is asked for over the API. In the lab, or on a machine with the
 //! real device.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use rota_tests::api::Api;
 use rota_tests::child::{self, Vmm};
@@ -217,4 +222,285 @@ fn the_machine_is_resized_and_its_buttons_are_pressed() {
     vmm.guest_runs("[ ! -e /dev/vda ]");
     api.put("vmm.shutdown", &Value::Null);
     assert_eq!(vmm.wait().code(), Some(0), "{}", vmm.printed());
+}
+
+/// The VMM's threads that run vCPUs, with the CPUs they may run on.
+fn vcpu_threads(vmm: &Vmm) -> Vec<(String, String)> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", vmm.pid())).expect("threads");
+    let mut found: Vec<(String, String)> = tasks
+        .filter_map(|task| {
+            let path = task.ok()?.path();
+            let name = fs::read_to_string(path.join("comm")).ok()?;
+            let status = fs::read_to_string(path.join("status")).ok()?;
+            let mut lines = status.lines();
+            let cpus = lines.find_map(|line| line.strip_prefix("Cpus_allowed_list:\t"))?;
+            Some((name.trim().to_owned(), cpus.to_owned()))
+        })
+        .filter(|(name, _)| name.starts_with("vcpu"))
+        .collect();
+    found.sort();
+    found
+}
+
+/// Waits, here, until `condition` is true.
+fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + child::patience();
+    while !condition() {
+        assert!(Instant::now() < deadline, "it does not come to {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn resize(api: &Api, vcpus: u32) {
+    api.put("vm.resize", &json!({ "desired_vcpus": vcpus }));
+}
+
+/// Brings a processor up that has come, and has something run there.
+fn runs_on(vmm: &mut Vmm, cpu: u32) {
+    let online = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+    wait_until(vmm, &format!("[ -e {online} ]"));
+    vmm.guest_runs(&format!("echo 1 > {online} && [ $(cat {online}) = 1 ]"));
+    // Behind the name in parentheses, field 37 is the processor that the process ran on last.
+    let mask = 1 << cpu;
+    let there = "read -r all </proc/self/stat; set -- ${all##*) }; echo ${37}";
+    let command = format!("taskset {mask:x} sh -c '{there}'");
+    assert_eq!(vmm.guest_runs(&command), cpu.to_string());
+}
+
+fn is_gone(vmm: &mut Vmm, cpu: u32) {
+    wait_until(vmm, &format!("[ ! -e /sys/devices/system/cpu/cpu{cpu} ]"));
+}
+
+#[test]
+fn vcpus_come_and_go_and_come_again() {
+    require!(child::bootable());
+    let api = Api::new("hotplug-vcpus");
+    let cpus = ["--cpus", "boot=1,max=3"];
+    let mut vmm =
+        Vmm::boot_with_drivers(&[&["--api-socket", api.option().as_str()], &cpus[..]].concat());
+    vmm.guest_runs("true");
+    for (asked, why) in [(4, "1 to 3"), (0, "1 to 3")] {
+        let (status, answer) = api.ask("PUT", "vm.resize", &json!({ "desired_vcpus": asked }));
+        assert_eq!(status, 400, "{answer}");
+        assert!(answer.to_string().contains(why), "{answer}");
+    }
+    let mut settled = None;
+    for _ in 0..2 {
+        resize(&api, 3);
+        until("three threads", || vcpu_threads(&vmm).len() == 3);
+        let cpus = json!({ "boot_vcpus": 3, "max_vcpus": 3 });
+        assert_eq!(api.info()["config"]["cpus"], cpus);
+        runs_on(&mut vmm, 1);
+        runs_on(&mut vmm, 2);
+        assert_eq!(
+            vmm.guest_runs("cat /sys/devices/system/cpu/online"),
+            "0-2",
+            "{}",
+            vmm.printed()
+        );
+        resize(&api, 1);
+        is_gone(&mut vmm, 2);
+        is_gone(&mut vmm, 1);
+        until("one thread", || vcpu_threads(&vmm).len() == 1);
+        // Their VPs rest: nothing takes one out of a partition.
+        let open = descriptors(&vmm);
+        assert_eq!(*settled.get_or_insert(open.clone()), open);
+    }
+    // A start anew finds as many as were asked for last.
+    resize(&api, 2);
+    api.put("vm.reboot", &Value::Null);
+    assert_eq!(vmm.wait_for_init().cpus, 2);
+    vmm.guest_runs("true");
+    resize(&api, 3);
+    runs_on(&mut vmm, 2);
+    power_off(vmm, &api);
+}
+
+/// What is asked for before the guest has a driver, it finds, or is told when it has one.
+#[test]
+fn vcpus_can_be_asked_for_while_the_guest_boots() {
+    require!(child::bootable());
+    let api = Api::new("vcpus-boot");
+    let mut command = child::run(child::rota(), "vmlinuz-cloud", "rota.then=shell");
+    command.args(["--cpus", "boot=1,max=3", "--api-socket", &api.option()]);
+    let mut vmm = Vmm::start(&mut command);
+    until("a socket", || api.path().exists());
+    resize(&api, 3);
+    resize(&api, 2);
+    vmm.wait_for_init();
+    vmm.guest_runs("true");
+    runs_on(&mut vmm, 1);
+    is_gone(&mut vmm, 2);
+    until("two threads", || vcpu_threads(&vmm).len() == 2);
+    power_off(vmm, &api);
+}
+
+/// A folder of the test's own for ledger, report and metrics.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let folder = std::env::temp_dir().join(format!("rota-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        Self(folder)
+    }
+
+    fn path(&self, file: &str) -> String {
+        self.0.join(file).display().to_string()
+    }
+
+    fn json(&self, file: &str) -> Value {
+        let text = fs::read_to_string(self.0.join(file)).unwrap_or_default();
+        serde_json::from_str(&text).unwrap_or_default()
+    }
+
+    /// What the ledger has of the only machine in it.
+    fn plan(&self) -> Value {
+        let entries = self.json("ledger.json")["entries"].clone();
+        assert_eq!(entries.as_array().map(Vec::len), Some(1), "{entries}");
+        entries[0]["plan"].clone()
+    }
+
+    fn planned_cpus(&self) -> Vec<String> {
+        let plan = self.plan();
+        let vcpus = plan["vcpus"].as_array().expect("vCPUs");
+        vcpus
+            .iter()
+            .map(|vcpu| vcpu["cpus"].as_str().expect("CPUs").to_owned())
+            .collect()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A guest under `launcher` with up to three vCPUs, its shell waiting, whose scheduling is asked for.
+fn scheduled(launcher: Command, api: &Api, folder: &Folder, sched: &str) -> Vmm {
+    let mut command = child::run(launcher, "vmlinuz-cloud", "rota.then=shell");
+    command
+        .args(["--cpus", "boot=1,max=3", "--memory", "size=256M"])
+        .args(["--api-socket", &api.option(), "--sched", sched])
+        .args(["--ledger", &folder.path("ledger.json")])
+        .args(["--metrics", &folder.path("metrics.json")])
+        .args(["--report", &folder.path("report.json")]);
+    let mut vmm = Vmm::start(&mut command);
+    vmm.wait_for_init();
+    vmm.guest_runs("true");
+    vmm
+}
+
+fn ends_with_a_report(mut vmm: Vmm, folder: &Folder) -> Value {
+    vmm.signal(libc::SIGTERM);
+    assert_eq!(vmm.wait().code(), Some(0), "{}", vmm.printed());
+    let report = folder.json("report.json");
+    let metered = report["metering"]["vcpus"].as_array().expect("vCPUs");
+    assert_eq!(
+        metered.len(),
+        3,
+        "those that have gone are counted: {report}"
+    );
+    for vcpu in metered {
+        let ran = vcpu["run_ns"].as_u64();
+        assert!(ran.is_some_and(|ns| ns > 0), "{vcpu}");
+    }
+    report
+}
+
+/// Where Linux schedules, a vCPU that comes is planned, placed, written down, watched and metered as one that was there.
+#[test]
+fn vcpus_that_come_are_scheduled_like_the_others() {
+    require!(child::bootable());
+    if std::thread::available_parallelism().map_or(1, usize::from) != 2 {
+        return rota_tests::requires::skip("takes two processors");
+    }
+    let (api, folder) = (Api::new("vcpus-sched"), Folder::new("vcpus-sched"));
+    let sched = "placement=map,map=[1@[1]],weight=200";
+    let mut vmm = scheduled(child::rota(), &api, &folder, sched);
+    assert_eq!(
+        folder.planned_cpus(),
+        ["0-1"],
+        "shared: nothing is said of vCPU 0"
+    );
+    resize(&api, 3);
+    runs_on(&mut vmm, 1);
+    runs_on(&mut vmm, 2);
+    let planned = folder.planned_cpus();
+    assert_eq!(planned, ["0-1", "1", "0-1"]);
+    let placed: Vec<String> = vcpu_threads(&vmm)
+        .into_iter()
+        .map(|(_, cpus)| cpus)
+        .collect();
+    assert_eq!(placed, planned);
+    // Somebody moves vCPU 1, and it is moved back.
+    let thread = thread_of(&vmm, "vcpu1");
+    // SAFETY: a set on the stack with one CPU, and its size.
+    let moved = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(0, &mut set);
+        libc::sched_setaffinity(thread, size_of_val(&set), &raw const set)
+    };
+    assert_eq!(moved, 0);
+    until("vCPU 1 being back", || vcpu_threads(&vmm)[1].1 == "1");
+    until("three metered", || {
+        let metered = folder.json("metrics.json")["vcpus"].clone();
+        (0..3).all(|vcpu| metered[vcpu]["run_ns"].as_u64().is_some_and(|ns| ns > 0))
+    });
+    resize(&api, 1);
+    until("one planned", || folder.plan()["request"]["vcpus"] == 1);
+    assert_eq!(vcpu_threads(&vmm).len(), 1);
+    let report = ends_with_a_report(vmm, &folder);
+    assert_eq!(report["vcpus"], 1);
+    assert_eq!(report["plan"]["request"]["vcpus"], 1);
+}
+
+fn thread_of(vmm: &Vmm, name: &str) -> i32 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", vmm.pid())).expect("threads");
+    let found = tasks.filter_map(Result::ok).find(|task| {
+        fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name)
+    });
+    let task = found.expect("a thread of that name").file_name();
+    let number = task.to_str().and_then(|number| number.parse().ok());
+    number.expect("a number")
+}
+
+/// What there is no place for does not come, and changes nothing.
+#[test]
+fn vcpus_that_cannot_be_placed_are_refused() {
+    require!(child::bootable());
+    let (api, folder) = (Api::new("vcpus-refused"), Folder::new("vcpus-refused"));
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    if processors > 2 {
+        return rota_tests::requires::skip("takes at most two processors");
+    }
+    let mut vmm = scheduled(child::rota(), &api, &folder, "overcommit=1");
+    let (before, threads) = (folder.plan(), vcpu_threads(&vmm));
+    let (status, why) = api.ask("PUT", "vm.resize", &json!({ "desired_vcpus": 3 }));
+    assert_eq!(status, 409, "{why}");
+    assert!(why.to_string().contains("keeps its 1 vCPUs"), "{why}");
+    assert_eq!(folder.plan(), before);
+    assert_eq!(vcpu_threads(&vmm), threads);
+    assert_eq!(api.info()["config"]["cpus"]["boot_vcpus"], 1);
+    is_gone(&mut vmm, 1);
+}
+
+/// Where the hypervisor schedules, what it takes is told it anew: it caps each VP, not the VM.
+#[test]
+fn vcpus_that_come_share_what_the_hypervisor_was_told() {
+    require!(child::bootable());
+    require!(child::softmshv());
+    let (api, folder) = (Api::new("vcpus-core"), Folder::new("vcpus-core"));
+    let launcher = child::under_softmshv(&["--scheduler", "core"], child::rota_program());
+    let mut vmm = scheduled(launcher, &api, &folder, "weight=200,cap=90%,reserve=300m");
+    resize(&api, 3);
+    runs_on(&mut vmm, 1);
+    runs_on(&mut vmm, 2);
+    assert_eq!(folder.plan()["request"]["vcpus"], 3);
+    let report = ends_with_a_report(vmm, &folder);
+    let effects = report["effects"].to_string();
+    for property in ["CpuWeight = 200", "CpuCap = 19661", "CpuReserve = 6554"] {
+        assert!(effects.contains(property), "{property}: {effects}");
+    }
 }

@@ -115,6 +115,12 @@ impl Vp {
         Arc::clone(&self.requests)
     }
 
+    /// Lets this VP be run again after it was stopped, on another thread. Returns the way to stop it then.
+    pub fn renew(&mut self) -> Arc<Requests> {
+        self.requests = Arc::default();
+        self.requests()
+    }
+
     /// Writes registers, all in one hypercall.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ use devices::{
     pci::{ConfigPorts, Ecam, HostBridge, PciBus, PciError, Slot, Window},
     post::PostPort,
     power::{AcpiPower, PowerRequest, PowerSwitch},
+    processors::Processors,
     serial::Serial,
 };
 use vm_memory::GuestMemoryMmap;
@@ -75,7 +76,13 @@ pub struct Board {
     serial: Option<Arc<Serial>>,
     power: Arc<Power>,
     plug: Arc<Plug>,
-    hotplug: Option<Arc<Hotplug>>,
+    events: Option<Told>,
+}
+
+/// What tells the guest of things that happen to its machine.
+struct Told {
+    hotplug: Arc<Hotplug>,
+    processors: Arc<Processors>,
 }
 
 impl Board {
@@ -94,6 +101,7 @@ impl Board {
         events: Events,
     ) -> Result<Self, BoardError> {
         let event = |device| move |source| BoardError::Host { device, source };
+        let vcpus = config.cpus.boot_vcpus;
         let power = Arc::new(Power {
             asked: AtomicU8::new(NOTHING),
             event: EventFd::new(EFD_NONBLOCK).map_err(event("power switch"))?,
@@ -183,7 +191,7 @@ impl Board {
             )?;
             serial = Some(port);
         }
-        let mut hotplug = None;
+        let mut told = None;
         if events == Events::On {
             let interrupt = EventFd::new(EFD_NONBLOCK).map_err(event("event device"))?;
             partition.register_irqfd(&interrupt, layout::HOTPLUG_PIN)?;
@@ -194,7 +202,21 @@ impl Board {
                 "hot-plug",
                 Arc::clone(&device) as _,
             )?;
-            hotplug = Some(device);
+            let processors = Arc::new(Processors::new(
+                vcpus,
+                Arc::clone(&device),
+                EventFd::new(EFD_NONBLOCK).map_err(event("processors' registers"))?,
+            ));
+            ports.insert(
+                layout::PROCESSORS_PORT,
+                layout::PROCESSORS_PORTS,
+                "processors",
+                Arc::clone(&processors) as _,
+            )?;
+            told = Some(Told {
+                hotplug: device,
+                processors,
+            });
         }
         Ok(Self {
             ports,
@@ -204,7 +226,7 @@ impl Board {
             serial,
             power,
             plug,
-            hotplug,
+            events: told,
         })
     }
 
@@ -234,7 +256,13 @@ impl Board {
     /// What tells the guest of devices that come and go, if it can be told.
     #[must_use]
     pub fn hotplug(&self) -> Option<&Hotplug> {
-        self.hotplug.as_deref()
+        self.events.as_ref().map(|told| told.hotplug.as_ref())
+    }
+
+    /// What tells the guest of processors that come and go, likewise.
+    #[must_use]
+    pub fn processors(&self) -> Option<&Processors> {
+        self.events.as_ref().map(|told| told.processors.as_ref())
     }
 
     /// Accesses that no device claimed, on ports and in memory.
@@ -244,6 +272,9 @@ impl Board {
     }
 }
 
+const IOAPIC: std::ops::Range<u64> =
+    layout::IOAPIC_START..layout::IOAPIC_START + layout::IOAPIC_LENGTH;
+
 impl vcpu::bus::Bus for Board {
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         self.mmio.read(gpa, data);
@@ -251,6 +282,12 @@ impl vcpu::bus::Bus for Board {
 
     fn mmio_write(&self, gpa: u64, data: &[u8]) {
         self.mmio.write(gpa, data);
+        // What happened while its pin was masked was not heard.
+        if let Some(told) = &self.events
+            && IOAPIC.contains(&gpa)
+        {
+            told.hotplug.remind();
+        }
     }
 
     fn port_read(&self, port: u16, data: &mut [u8]) {

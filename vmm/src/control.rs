@@ -1,7 +1,7 @@
 //! The control thread: starts the machine, waits for what happens to it, and says how it ended.
 //!
-//! It waits with `poll` on five things: signals, the guest's power switch, VP threads that end by themselves, the console's
-//! input, and what clients of the API ask for. Between them it writes the metrics, if a file for them was asked for.
+//! It waits with `poll` on six things: signals, the guest's power switch, VP threads that end by themselves, the console's
+//! input, what clients of the API ask for, and vCPUs that the guest lets go. Between them it writes the metrics, if a file for them was asked for.
 
 use std::{
     io::{self, Write},
@@ -150,6 +150,7 @@ pub fn run(
         None => Events::Off,
     };
     let mut announcement = Some(announcement);
+    report.vcpus = config.cpus.boot_vcpus;
     report.plan = scheduling.as_ref().map(Scheduling::plan);
     report.mark("ready");
 
@@ -175,7 +176,14 @@ pub fn run(
                 if let Some(reply) = starter.take() {
                     reply.send(Err(Refusal::not_started(&error)));
                 }
-                *starter = idle(&mut config, &mut console, &signals, requests.as_ref())?;
+                let scheduling = scheduling.as_ref();
+                *starter = idle(
+                    &mut config,
+                    scheduling,
+                    &mut console,
+                    &signals,
+                    requests.as_ref(),
+                )?;
                 if starter.is_none() {
                     break Ended::Interrupted;
                 }
@@ -183,10 +191,11 @@ pub fn run(
             }
         };
         let partition = vm.partition();
-        let mut placed = match &scheduling {
+        let vcpus = config.cpus.boot_vcpus;
+        let placed = match &scheduling {
             Some(scheduling) => {
                 let before = report.metering.take();
-                let placed = scheduling.place(&device, &partition, before, vm.bound());
+                let placed = scheduling.place(&device, &partition, vcpus, before, vm.bound());
                 Some(placed.inspect_err(|error| report.effects = error.effects())?)
             }
             None => None,
@@ -199,7 +208,7 @@ pub fn run(
             // Whoever read standard error may be gone, and the machine runs all the same.
             let _ = write!(io::stderr(), "{announcement}{plan}");
         }
-        let mut vm = vm.start(placed.as_mut())?;
+        let mut vm = vm.start(placed.as_ref())?;
         state.advance(State::Running)?;
         report.mark("running");
         if let Some(reply) = starter.take() {
@@ -208,6 +217,8 @@ pub fn run(
         let mut desk = Desk {
             config: &mut config,
             vm: Some(&vm),
+            placed: placed.as_ref(),
+            scheduling: scheduling.as_ref(),
             state,
             address_bits: address_bits(),
         };
@@ -220,6 +231,7 @@ pub fn run(
             metrics.as_mut().zip(placed.as_ref()),
         )?;
         desk.forget_ejected();
+        report.vcpus = config.cpus.boot_vcpus;
         signals_after(&event, &signals);
         // Once while the threads are there to be read, and once more for what the end itself amounts to.
         let _ = placed.as_ref().map(Placed::sample);
@@ -246,7 +258,13 @@ pub fn run(
                     Wish::Reboot | Wish::Boot => Some(reply),
                     Wish::ShutDown => {
                         reply.done();
-                        idle(&mut config, &mut console, &signals, requests.as_ref())?
+                        idle(
+                            &mut config,
+                            scheduling.as_ref(),
+                            &mut console,
+                            &signals,
+                            requests.as_ref(),
+                        )?
                     }
                     Wish::Leave => {
                         reply.done();
@@ -313,6 +331,10 @@ fn wait(
                 _ => ignored(),
             },
             requests.map_or_else(ignored, readable),
+            match vm.board().processors() {
+                Some(processors) => readable(processors.news()),
+                None => ignored(),
+            },
         ];
         let write_at = metrics.as_ref().map(|(file, _)| file.due());
         let timeout = input
@@ -334,6 +356,9 @@ fn wait(
         }
         if ready[2] != 0 {
             return Ok(vm.take_crash().map_or(Event::VpPanicked, Event::Crashed));
+        }
+        if ready[6] != 0 {
+            vm.settle(desk.placed);
         }
         if ready[5] != 0
             && let Some((wish, reply)) = serve(desk, requests)
@@ -376,6 +401,7 @@ fn serve(desk: &mut Desk<'_>, requests: Option<&Queue>) -> Option<(Wish, Reply)>
 /// Waits, without a machine, for somebody to start it again, who is returned, or to end it all.
 fn idle(
     config: &mut VmConfig,
+    scheduling: Option<&Scheduling>,
     console: &mut Console,
     signals: &Signals,
     requests: Option<&Queue>,
@@ -383,6 +409,8 @@ fn idle(
     let mut desk = Desk {
         config,
         vm: None,
+        placed: None,
+        scheduling,
         state: State::Shutdown,
         address_bits: address_bits(),
     };

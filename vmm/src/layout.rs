@@ -92,6 +92,10 @@ pub const ACPI_POWER_PORTS: u64 = 3;
 pub const HOTPLUG_PORT: u64 = 0x610;
 /// Ports of these.
 pub const HOTPLUG_PORTS: u64 = devices::hotplug::LENGTH;
+/// Registers of the processors that come and go.
+pub const PROCESSORS_PORT: u64 = 0x680;
+/// Ports of these.
+pub const PROCESSORS_PORTS: u64 = devices::processors::LENGTH;
 /// IOAPIC pin (and GSI) of the Generic Event Device.
 pub const HOTPLUG_PIN: u32 = 5;
 /// Address and data register of PCI configuration mechanism #1.

@@ -26,6 +26,7 @@ pub mod metrics;
 
 pub mod partition;
 pub mod peripherals;
+mod processors;
 pub mod report;
 pub mod scheduling;
 pub mod signals;

@@ -10,8 +10,8 @@ use std::{
 use mshv_bindings::{
     HVCALL_GET_VP_REGISTERS, MSHV_PT_BIT_CPU_AND_XSAVE_FEATURES, MSHV_PT_BIT_GPA_SUPER_PAGES,
     MSHV_PT_BIT_LAPIC, MSHV_PT_BIT_X2APIC, MSHV_PT_ISOLATION_NONE, MSHV_SET_MEM_BIT_EXECUTABLE,
-    MSHV_SET_MEM_BIT_WRITABLE, hv_partition_processor_features,
-    hv_partition_processor_xsave_features,
+    MSHV_SET_MEM_BIT_WRITABLE, hv_interrupt_type_HV_X64_INTERRUPT_TYPE_INIT as INIT,
+    hv_partition_processor_features, hv_partition_processor_xsave_features,
     hv_partition_property_code_HV_PARTITION_PROPERTY_PROCESSOR_FEATURES0 as PROCESSOR_FEATURES0,
     hv_partition_property_code_HV_PARTITION_PROPERTY_PROCESSOR_FEATURES1 as PROCESSOR_FEATURES1,
     hv_partition_property_code_HV_PARTITION_PROPERTY_SYNTHETIC_PROC_FEATURES as SYNTHETIC_FEATURES,
@@ -441,6 +441,21 @@ impl Partition {
         // SAFETY: `words` is laid out as the table, is at least as long as its fixed part, and outlives the call.
         let table = unsafe { &*words.as_ptr().cast::<mshv_user_irq_table>() };
         self.fd.set_msi_routing(table).map_err(io::Error::from)
+    }
+
+    /// Puts VP `index` back where a new one is: it waits for the guest to start it. (An INIT, which its local APIC obeys.)
+    ///
+    /// # Errors
+    /// What the hypervisor refuses.
+    pub fn reset_vp(&self, index: u32) -> io::Result<()> {
+        self.interrupt(&InterruptRequest {
+            interrupt_type: INIT,
+            apic_id: index.into(),
+            vector: 0,
+            level_triggered: false,
+            logical_destination_mode: false,
+            long_mode: false,
+        })
     }
 
     /// Raises (or, with `assert` false, withdraws) an interrupt by hypercall.

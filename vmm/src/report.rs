@@ -19,6 +19,8 @@ pub struct Report {
     vmm_overhead_kib: Option<u64>,
     /// Why it ended, if it was by an error of the VMM.
     pub error: Option<String>,
+    /// vCPUs, as many as were last asked for.
+    pub vcpus: u32,
     /// Who schedules the VPs.
     pub scheduler: Option<scheduler::Detection>,
     /// Where and when its vCPUs were to run, if that was asked for.
@@ -67,6 +69,7 @@ impl Report {
             totals: Totals::default(),
             vmm_overhead_kib: None,
             error: None,
+            vcpus: 0,
             scheduler: None,
             plan: None,
             effects: None,
@@ -102,12 +105,12 @@ impl Report {
     ///
     /// # Errors
     /// What the host says.
-    pub fn write(&self, path: &Path, vcpus: u32, ended: &str) -> io::Result<()> {
+    pub fn write(&self, path: &Path, ended: &str) -> io::Result<()> {
         let totals = &self.totals;
         let json = Json {
             ended,
             error: &self.error,
-            vcpus,
+            vcpus: self.vcpus,
             boots: self.boots,
             times_ms: &self.times_ms,
             exits: &totals.exits,

@@ -4,19 +4,20 @@
 //! Scheduling::begin ── who schedules? host, ledger, plan       once, before anything is created; may be refused
 //!   └ Placed::new ──── groups and controls, or properties      for each boot's partition
 //!       ├ adopt ────── each vCPU's thread, before it runs
-//!       └ look_after ─ turns of gangs, the reconcile loop      while the guest runs
+//!       ├ look_after ─ turns of gangs, the reconcile loop      while the guest runs
+//!       └ resize ───── another plan, for more vCPUs or fewer
 //! ```
 //!
 //! A machine nobody asked anything for is left to Linux as it is: no place in the ledger, no control group, no thread touched.
 
-use std::{fmt, io, os::fd::AsFd, path::PathBuf};
+use std::{cell::RefCell, fmt, io, os::fd::AsFd, path::PathBuf};
 
 use scheduler::{
-    AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, GangSignal, Host,
-    HostError, Ledger, LedgerError, Meter, MeterOptions, ModeCheck, NeedsForce, Outcome, Owner,
-    PartitionProperties, ReconcileOptions, Reconciler, Refused, Rejection, Request, Rotator,
-    RotatorError, RunTimes, SchedMode, Scope, ThreadRole, Tid, VmId, VmMeter, VmPlan, VmPolicy,
-    plan,
+    AdoptError, Claim, ClaimError, Detection, Effect, EnforceOptions, Enforcer, Host, HostError,
+    Ledger, LedgerError, Meter, MeterOptions, ModeCheck, NeedsForce, Outcome, Owner,
+    PartitionProperties, PolicyError, ReconcileOptions, Reconciler, Refused, Rejection, Request,
+    Rotator, RotatorError, RunTimes, SchedMode, Scope, ThreadRole, Tid, VmId, VmMeter, VmPlan,
+    VmPolicy, plan,
 };
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
@@ -62,6 +63,9 @@ pub enum SchedulingError {
     /// The host cannot be read.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// No machine of this size can be scheduled like that.
+    #[error("--sched: {0}")]
+    Policy(#[from] PolicyError),
     /// The mode asked for contradicts what was seen.
     #[error(transparent)]
     Mode(#[from] NeedsForce),
@@ -120,6 +124,8 @@ pub struct Scheduling {
     detection: Detection,
     owner: Owner,
     claim: Claim,
+    /// What is asked for, with what is asked for vCPUs that are still to come.
+    request: Request,
 }
 
 impl Scheduling {
@@ -149,6 +155,10 @@ impl Scheduling {
             .name
             .clone()
             .unwrap_or_else(|| format!("vm-{}", std::process::id()));
+        let max = config.cpus.max_vcpus;
+        if let Some(error) = policy.check(max).into_iter().next() {
+            return Err(error.into());
+        }
         let request = Request {
             vm: VmId(name.clone()),
             vcpus: config.cpus.boot_vcpus,
@@ -157,14 +167,16 @@ impl Scheduling {
             policy,
         };
         let owner = Owner::current(&name)?;
+        let first = for_vcpus(&request, request.vcpus);
         let claim = Ledger::open(asked.ledger.as_deref())?
-            .claim(owner.clone(), |ledger| plan(&host, ledger, &[request]))
+            .claim(owner.clone(), |ledger| plan(&host, ledger, &[first]))
             .map_err(SchedulingError::Claim)?;
         Ok(Some(Self {
             host,
             detection: detection.clone(),
             owner,
             claim,
+            request,
         }))
     }
 
@@ -174,14 +186,29 @@ impl Scheduling {
         self.claim.plan()
     }
 
+    /// Plans the machine, which does not run, with `vcpus` vCPUs.
+    ///
+    /// # Errors
+    /// What cannot be had, and why. The plan is what it was.
+    pub fn resize(&self, vcpus: u32) -> Result<(), SchedulingError> {
+        self.replan(&self.host.reread()?, vcpus).map(drop)
+    }
+
+    fn replan(&self, host: &Host, vcpus: u32) -> Result<VmPlan, SchedulingError> {
+        let request = for_vcpus(&self.request, vcpus);
+        self.claim
+            .replan(|ledger| plan(host, ledger, &[request]))
+            .map_err(SchedulingError::Claim)
+    }
+
     /// Has guest memory come from the nodes that were planned, if there is a choice. To be called before any of it is touched.
     #[must_use]
     pub fn bind(&self, memory: &GuestMemoryMmap) -> Option<Outcome> {
         scheduler::bind_memory(&self.host, &self.plan(), &memory::host_ranges(memory))
     }
 
-    /// Makes the plan so for a partition of `device` that is ready to run. `before` is what was metered before a reset, `memory` what
-    /// came of [`Self::bind`].
+    /// Makes the plan so for a partition of `device` that is ready to run `vcpus` vCPUs. `before` is what was metered before a reset,
+    /// `memory` what came of [`Self::bind`].
     ///
     /// # Errors
     /// Something cannot be had. Nothing stays behind.
@@ -189,11 +216,19 @@ impl Scheduling {
         &'a self,
         device: &'a Device,
         partition: &'a Partition,
+        vcpus: u32,
         before: Option<VmMeter>,
         memory: Option<Outcome>,
     ) -> Result<Placed<'a>, SchedulingError> {
+        // The guest may have ended without letting go of vCPUs that were to go.
+        let planned = self.plan().request.vcpus;
+        if planned != vcpus
+            && let Err(error) = self.resize(vcpus)
+        {
+            warn!("scheduling: the plan stays one for {planned} vCPUs: {error}");
+        }
         // Others may have changed it on making theirs.
-        let plan = &self.claim.current()?.unwrap_or_else(|| self.plan());
+        let plan = self.claim.current()?.unwrap_or_else(|| self.plan());
         let meter = Meter::new(MeterOptions {
             before: before.map(Box::new),
             ..MeterOptions::new(
@@ -203,46 +238,54 @@ impl Scheduling {
                 ExitKind::NAMES,
             )
         });
-        let signal = meter.gang_signal();
         let options = EnforceOptions {
             partition: Some(partition),
             claim: Some(&self.claim),
             memory,
-            guest_tells: signal.is_some(),
+            guest_tells: meter.gang_signal().is_some(),
             doubt: self.detection.contradiction(plan.mode),
             ..EnforceOptions::new(self.owner.clone())
         };
-        let enforcer = Enforcer::prepare(&self.host, plan, &options)?;
+        let enforcer = Enforcer::prepare(&self.host, &plan, &options)?;
         for name in enforcer.reaped() {
             info!("control group {name} of a process that is gone: removed");
         }
         Ok(Placed {
-            claim: &self.claim,
+            scheduling: self,
             device,
-            detection: &self.detection,
             partition,
             meter,
-            signal,
-            reconciler: None,
-            rotator: None,
+            care: RefCell::default(),
             enforcer,
         })
     }
 }
 
+/// `request` for so many vCPUs.
+fn for_vcpus(request: &Request, vcpus: u32) -> Request {
+    Request {
+        vcpus,
+        policy: request.policy.for_vcpus(vcpus),
+        ..request.clone()
+    }
+}
+
 /// One boot's threads, placed.
 pub struct Placed<'a> {
-    claim: &'a Claim,
+    scheduling: &'a Scheduling,
     device: &'a Device,
-    detection: &'a Detection,
     partition: &'a Partition,
     meter: Meter,
-    /// Until somebody takes turns by it.
-    signal: Option<Box<dyn GangSignal>>,
     // Dropped in this order: who moves threads first, then where they are.
+    care: RefCell<Care>,
+    enforcer: Enforcer<'a>,
+}
+
+/// Who moves threads while the guest runs.
+#[derive(Default)]
+struct Care {
     reconciler: Option<Reconciler>,
     rotator: Option<Rotator>,
-    enforcer: Enforcer<'a>,
 }
 
 impl Placed<'_> {
@@ -254,25 +297,90 @@ impl Placed<'_> {
         Ok(self.enforcer.adopt(ThreadRole::Vcpu(index), thread)?)
     }
 
+    /// The thread of vCPU `index` has ended.
+    pub fn dismiss(&self, index: u32) {
+        self.enforcer.dismiss(index);
+    }
+
     /// Takes turns and keeps the plan true from now on.
     ///
     /// # Errors
     /// The host has no more threads or descriptors.
-    pub fn look_after(&mut self) -> Result<(), SchedulingError> {
-        let claim = self.claim;
-        self.rotator = Rotator::start(&self.enforcer, claim, self.signal.take())?;
+    pub fn look_after(&self) -> Result<(), SchedulingError> {
+        let mut care = self.care.borrow_mut();
+        *care = Care::default();
+        let claim = &self.scheduling.claim;
+        care.rotator = Rotator::start(&self.enforcer, claim, self.meter.gang_signal())?;
         let tell = |event| warn!("scheduling: {event}");
+        let detection = &self.scheduling.detection;
         let options = ReconcileOptions {
-            mode: Some(ModeCheck::new(self.device.as_fd(), self.detection)?),
+            mode: Some(ModeCheck::new(self.device.as_fd(), detection)?),
             ..ReconcileOptions::default()
         };
-        self.reconciler = Some(Reconciler::start(
+        care.reconciler = Some(Reconciler::start(
             &self.enforcer,
             Some(claim),
             options,
             tell,
         )?);
         Ok(())
+    }
+
+    /// How many vCPUs are planned.
+    #[must_use]
+    pub fn vcpus(&self) -> u32 {
+        self.enforcer.plan().request.vcpus
+    }
+
+    /// Would a plan for `vcpus` vCPUs be accepted now?
+    ///
+    /// # Errors
+    /// What cannot be had, and why.
+    pub fn check(&self, vcpus: u32) -> Result<(), SchedulingError> {
+        let ledger = self.scheduling.claim.ledger().read()?;
+        let request = for_vcpus(&self.scheduling.request, vcpus);
+        plan(&self.host(), &ledger, &[request])
+            .map(drop)
+            .map_err(|rejection| SchedulingError::Claim(ClaimError::Rejected(Box::new(rejection))))
+    }
+
+    /// Plans `vcpus` vCPUs, and makes that so for the threads that there are. Those of vCPUs that go have ended before; those of vCPUs
+    /// that come are adopted next. Nobody looks after the plan until then ([`Self::look_after`]).
+    ///
+    /// # Errors
+    /// What cannot be had, and why. Then everything is as it was, and looked after.
+    pub fn resize(&self, vcpus: u32) -> Result<(), SchedulingError> {
+        let before = self.vcpus();
+        *self.care.borrow_mut() = Care::default();
+        let resized = self.try_resize(vcpus);
+        match &resized {
+            Ok(()) => self.meter.resize(vcpus),
+            Err(_) => {
+                if self.scheduling.plan().request.vcpus != before
+                    && let Err(error) = self.try_resize(before)
+                {
+                    warn!("scheduling: the ledger has {vcpus} vCPUs for {before}: {error}");
+                }
+                self.look_after()?;
+            }
+        }
+        resized
+    }
+
+    fn try_resize(&self, vcpus: u32) -> Result<(), SchedulingError> {
+        let host = self.host();
+        let plan = self.scheduling.replan(&host, vcpus)?;
+        Ok(self.enforcer.resize(&host, &plan)?)
+    }
+
+    /// The host as it is now. What this process may use is known from its start: by now it is where its plan has put it.
+    fn host(&self) -> Host {
+        let at_start = &self.scheduling.host;
+        let now = at_start.reread().unwrap_or_else(|_| at_start.clone());
+        Host {
+            allowed: &at_start.allowed & &self.enforcer.available(),
+            ..now
+        }
     }
 
     /// What VPs report to.
@@ -297,7 +405,7 @@ impl Placed<'_> {
     #[must_use]
     pub fn effects(&self) -> Vec<Effect> {
         let mut effects = self.enforcer.effects();
-        effects.extend(known_of(self.claim.ledger()));
+        effects.extend(known_of(self.scheduling.claim.ledger()));
         effects
     }
 }

@@ -1,15 +1,9 @@
 //! One boot of a machine: partition, memory, devices and VP threads, from nothing to the end of its guest.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    sync::{Arc, Mutex, PoisonError, mpsc},
-    thread::{self, JoinHandle},
-    time::Duration,
-};
+use std::{cell::RefCell, collections::BTreeMap, io, sync::Arc, thread, time::Duration};
 
-use scheduler::{Outcome, Tid, VpMeter};
-use vcpu::{Counters, Crash, End, ExitKind, Requests, Vp};
+use scheduler::Outcome;
+use vcpu::{Counters, Crash, ExitKind, Vp};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -23,6 +17,7 @@ use crate::{
     layout::{self, LayoutError},
     memory::{self, MemoryError, Piece},
     partition::{Device, Partition, PartitionError},
+    processors::{Finish, Processors},
     scheduling::{Placed, Scheduling, SchedulingError},
 };
 
@@ -54,8 +49,8 @@ pub enum VmError {
     #[error("the thread that loads the kernel ended in a panic")]
     LoaderPanicked,
     /// A VP's first state.
-    #[error("cannot prepare the first VP")]
-    FirstVp(#[from] vcpu::VpError),
+    #[error("cannot prepare a VP")]
+    PrepareVp(#[from] vcpu::VpError),
     /// A thread cannot be where it should be.
     #[error(transparent)]
     Scheduling(#[from] SchedulingError),
@@ -74,7 +69,7 @@ pub enum VmError {
 
 /// A machine whose VPs run.
 pub struct Vm {
-    vps: Vec<VpThread>,
+    processors: RefCell<Processors>,
     finish: Arc<Finish>,
     board: Arc<Board>,
     partition: Arc<Partition>,
@@ -85,26 +80,7 @@ pub struct Vm {
 /// A machine that is ready to run.
 pub struct Prepared {
     vm: Vm,
-    vps: Vec<Vp>,
     bound: Option<Outcome>,
-}
-
-/// Where a VP's thread waits until all of them are in their places.
-struct Gate {
-    arrived: mpsc::Sender<(u32, Tid)>,
-    /// Nothing comes when the machine is not to start after all.
-    go: mpsc::Receiver<()>,
-}
-
-impl Gate {
-    /// Announces the calling thread and waits. May the VP run?
-    fn pass(self, vp: u32) -> bool {
-        let Self { arrived, go } = self;
-        let _ = arrived.send((vp, Tid::current()));
-        // Whoever counts those that arrive waits for as long as somebody may.
-        drop(arrived);
-        go.recv().is_ok()
-    }
 }
 
 impl Prepared {
@@ -120,105 +96,14 @@ impl Prepared {
         self.bound.clone()
     }
 
-    /// Starts the VPs, each on a thread of its own. `scheduling`, if there is any, places each thread before any of them runs, and
+    /// Starts the VPs, each on a thread of its own. `placed`, if there is any, places each thread before any of them runs, and
     /// meters them.
     ///
     /// # Errors
     /// The host has no more threads, or a thread cannot be placed. Those that have started end again.
-    pub fn start(self, placed: Option<&mut Placed<'_>>) -> Result<Vm, VmError> {
-        let Self { mut vm, vps, .. } = self;
-        let Some(placed) = placed else {
-            for vp in vps {
-                vm.spawn(vp, None, None)?;
-            }
-            return Ok(vm);
-        };
-        let meters: Vec<_> = (0..).map_while(|vp| placed.meter().vp(vp)).collect();
-        vm.board.watch_interrupts(move |vp| {
-            if let Some(meter) = meters.get(vp as usize) {
-                meter.interrupted();
-            }
-        });
-        let (arrived, arrivals) = mpsc::channel();
-        let mut waiting = Vec::with_capacity(vps.len());
-        for vp in vps {
-            let meter = placed.meter().vp(vp.index());
-            let (go, gate) = mpsc::channel();
-            let gate = Gate {
-                arrived: arrived.clone(),
-                go: gate,
-            };
-            vm.spawn(vp, Some(gate), meter)?;
-            waiting.push(go);
-        }
-        drop(arrived);
-        let mut here = 0;
-        for (index, thread) in &arrivals {
-            placed.adopt(index, thread)?;
-            here += 1;
-        }
-        if here < waiting.len() {
-            return Err(VmError::VpGone);
-        }
-        placed.look_after()?;
-        for go in waiting {
-            // A thread that is not there any more has been told of.
-            let _ = go.send(());
-        }
-        Ok(vm)
-    }
-}
-
-/// Passes on to the meter what a VP does.
-struct Metered(Arc<VpMeter>);
-
-impl vcpu::Watch for Metered {
-    fn entering(&self) {
-        self.0.entering();
-    }
-
-    fn exited(&self, kind: ExitKind) {
-        self.0.exited(kind as usize);
-    }
-
-    fn told_by(&self, partition: u64) {
-        self.0.belongs_to(partition);
-    }
-}
-
-/// Passes on to the meter when a VP is kicked.
-struct TimedKicks(Arc<VpMeter>);
-
-impl vcpu::KickWatch for TimedKicks {
-    fn kicked(&self) {
-        self.0.kicked();
-    }
-
-    fn noticed(&self) {
-        self.0.noticed();
-    }
-}
-
-struct VpThread {
-    thread: Option<JoinHandle<()>>,
-    requests: Arc<Requests>,
-    counters: Arc<Counters>,
-    has_register_page: bool,
-}
-
-/// What VP threads leave behind when they end by themselves.
-struct Finish {
-    event: EventFd,
-    crash: Mutex<Option<Box<Crash>>>,
-}
-
-/// Wakes the control thread when a VP thread ends, also by a panic.
-struct Farewell(Arc<Finish>);
-
-impl Drop for Farewell {
-    fn drop(&mut self) {
-        // It cannot overflow: one write for each of at most 255 VPs.
-        let _ = self.0.event.write(1);
+    pub fn start(mut self, placed: Option<&Placed<'_>>) -> Result<Vm, VmError> {
+        self.vm.processors.get_mut().start_all(placed)?;
+        Ok(self.vm)
     }
 }
 
@@ -242,10 +127,16 @@ impl Vm {
         let memory = memory::map(&config.memory, &layout)?;
         // Pages come when they are touched, or when the driver pins them.
         let bound = scheduling.and_then(|scheduling| scheduling.bind(&memory));
-        let apic_ids: Vec<u32> = (0..config.cpus.boot_vcpus).collect();
+        // Where none can come, the guest need not make room for them.
+        let vcpus = match events {
+            Events::On => config.cpus.max_vcpus,
+            Events::Off => config.cpus.boot_vcpus,
+        };
+        let apic_ids: Vec<u32> = (0..vcpus).collect();
         let serial = config.serial.mode != SerialMode::Off;
         let tables = acpi::build(&AcpiConfig {
             apic_ids: &apic_ids,
+            present: config.cpus.boot_vcpus as usize,
             serial,
             hotplug: events == Events::On,
         })?;
@@ -293,64 +184,33 @@ impl Vm {
             what: "an eventfd",
             source,
         })?;
-        let finish = Arc::new(Finish {
-            event,
-            crash: Mutex::default(),
-        });
+        let finish = Arc::new(Finish::new(event));
+        let processors =
+            Processors::new(vps, memory.clone(), Arc::clone(&board), Arc::clone(&finish));
         let vm = Self {
-            vps: Vec::with_capacity(vps.len()),
+            processors: RefCell::new(processors),
             finish,
             board,
             partition,
             memory,
         };
-        Ok(Prepared { vm, vps, bound })
+        Ok(Prepared { vm, bound })
     }
 
-    fn spawn(
-        &mut self,
-        mut vp: Vp,
-        gate: Option<Gate>,
-        meter: Option<Arc<VpMeter>>,
-    ) -> Result<(), VmError> {
-        let (requests, counters) = (vp.requests(), vp.counters());
-        let has_register_page = vp.has_register_page();
-        let (memory, board) = (self.memory.clone(), Arc::clone(&self.board));
-        let farewell = Farewell(Arc::clone(&self.finish));
-        if let Some(meter) = &meter {
-            requests.watch(Box::new(TimedKicks(Arc::clone(meter))));
-        }
-        let thread = thread::Builder::new()
-            .name(format!("vcpu{}", vp.index()))
-            .spawn(move || {
-                if gate.is_some_and(|gate| !gate.pass(vp.index())) {
-                    return;
-                }
-                let watch = meter.map(|meter| {
-                    meter.attach();
-                    Metered(meter)
-                });
-                let watch = watch.as_ref().map(|watch| watch as &dyn vcpu::Watch);
-                if let End::Crashed(crash) = vp.run(&memory, board.as_ref(), watch) {
-                    let mut first = farewell
-                        .0
-                        .crash
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner);
-                    first.get_or_insert(crash);
-                }
-            })
-            .map_err(|source| VmError::Host {
-                what: "a VP thread",
-                source,
-            })?;
-        self.vps.push(VpThread {
-            thread: Some(thread),
-            requests,
-            counters,
-            has_register_page,
-        });
-        Ok(())
+    /// Makes it `vcpus` vCPUs. Those that come are there when this returns, and the guest is told; those that are to go are asked to,
+    /// and go when the guest ejects them.
+    ///
+    /// # Errors
+    /// There is no place for so many, or they cannot be had. Then all is as it was.
+    pub fn resize(&self, vcpus: u32, placed: Option<&Placed<'_>>) -> Result<(), VmError> {
+        self.processors
+            .borrow_mut()
+            .resize(vcpus, &self.partition, placed)
+    }
+
+    /// Does what the guest has made necessary by ejecting vCPUs.
+    pub fn settle(&self, placed: Option<&Placed<'_>>) {
+        self.processors.borrow_mut().settle(&self.partition, placed);
     }
 
     /// The machine's devices.
@@ -368,17 +228,13 @@ impl Vm {
     /// Readable when a VP thread has ended by itself.
     #[must_use]
     pub fn finished(&self) -> &EventFd {
-        &self.finish.event
+        self.finish.event()
     }
 
     /// Why the guest could not go on, if that is how it ended.
     #[must_use]
     pub fn take_crash(&self) -> Option<Box<Crash>> {
-        self.finish
-            .crash
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.finish.take_crash()
     }
 
     /// Ends all VPs and waits for the guest's last output. Returns whether all VP threads ended without a panic.
@@ -387,13 +243,7 @@ impl Vm {
         if let Some(serial) = self.board.serial() {
             serial.close();
         }
-        for vp in &self.vps {
-            vp.requests.stop();
-        }
-        let mut clean = true;
-        for vp in &mut self.vps {
-            clean &= vp.thread.take().is_none_or(|thread| thread.join().is_ok());
-        }
+        let clean = self.processors.get_mut().stop();
         if let Some(serial) = self.board.serial() {
             serial.flush(LAST_OUTPUT);
         }
@@ -402,26 +252,7 @@ impl Vm {
 
     /// Adds what this machine has done to `totals`.
     pub fn add_to(&self, totals: &mut Totals) {
-        for vp in &self.vps {
-            let counters = &vp.counters;
-            for kind in ExitKind::ALL {
-                add(&mut totals.exits, kind.name(), counters.exits(kind).get());
-            }
-            add(&mut totals.ioctls, "run_vp", counters.run_vp.get());
-            add(
-                &mut totals.ioctls,
-                "hvcall_get_vp_registers",
-                counters.get_vp_registers.get(),
-            );
-            add(
-                &mut totals.ioctls,
-                "hvcall_set_vp_registers",
-                counters.set_vp_registers.get(),
-            );
-            totals.emulated_instructions += counters.emulated.get();
-            totals.unknown_msrs += counters.unknown_msrs.get();
-            totals.register_page &= vp.has_register_page;
-        }
+        self.processors.borrow().add_to(totals);
         for (name, count) in self.partition.ioctls.snapshot() {
             add(&mut totals.ioctls, name, count);
         }
@@ -456,6 +287,26 @@ pub struct Totals {
     pub register_page: bool,
 }
 
+impl Totals {
+    /// Adds what one VP has done.
+    pub(crate) fn add_vp(&mut self, counters: &Counters, has_register_page: bool) {
+        for kind in ExitKind::ALL {
+            add(&mut self.exits, kind.name(), counters.exits(kind).get());
+        }
+        let ioctls = [
+            ("run_vp", &counters.run_vp),
+            ("hvcall_get_vp_registers", &counters.get_vp_registers),
+            ("hvcall_set_vp_registers", &counters.set_vp_registers),
+        ];
+        for (name, counter) in ioctls {
+            add(&mut self.ioctls, name, counter.get());
+        }
+        self.emulated_instructions += counters.emulated.get();
+        self.unknown_msrs += counters.unknown_msrs.get();
+        self.register_page &= has_register_page;
+    }
+}
+
 impl Default for Totals {
     fn default() -> Self {
         Self {
@@ -473,26 +324,5 @@ impl Default for Totals {
 fn add(map: &mut BTreeMap<&'static str, u64>, name: &'static str, count: u64) {
     if count > 0 {
         *map.entry(name).or_default() += count;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_vp_thread_that_never_arrives_is_not_waited_for() {
-        let (arrived, arrivals) = mpsc::channel();
-        let (_go, gate) = mpsc::channel();
-        let waits = Gate {
-            arrived: arrived.clone(),
-            go: gate,
-        };
-        // Ends when `_go` does.
-        thread::spawn(move || waits.pass(0));
-        let (_go, gate) = mpsc::channel::<()>();
-        let lost = Gate { arrived, go: gate };
-        thread::spawn(move || drop(lost));
-        assert_eq!(arrivals.iter().count(), 1, "and there is no third");
     }
 }

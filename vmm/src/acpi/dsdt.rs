@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use devices::power;
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug};
+use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug, processors};
 use crate::layout;
 
 /// The most processors that have a name: `C` and three hexadecimal digits.
@@ -20,7 +20,10 @@ const REVISION: u8 = 6;
 pub(super) fn dsdt(config: &AcpiConfig) -> Sdt {
     let mut aml = Vec::new();
     soft_off(&mut aml);
-    processors(config.apic_ids.len(), &mut aml);
+    match config.hotplug {
+        true => processors::describe(config.apic_ids, &mut aml),
+        false => processors(config.apic_ids.len(), &mut aml),
+    }
     pci_root(&mut aml);
     board_resources(&mut aml);
     if config.serial {
@@ -42,12 +45,16 @@ fn soft_off(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
+pub(super) fn processor_name(uid: u32) -> Path {
+    Path::new(&format!("C{uid:03X}"))
+}
+
 /// One device per processor under `\_SB`; their UIDs are those of the MADT.
 fn processors(count: usize, aml: &mut Vec<u8>) {
     for uid in 0..count as u32 {
         in_system_bus(
             &Device::new(
-                Path::new(&format!("C{uid:03X}")),
+                processor_name(uid),
                 vec![
                     &Name::new(Path::new("_HID"), &"ACPI0007"),
                     &Name::new(Path::new("_UID"), &uid),

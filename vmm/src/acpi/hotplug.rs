@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! interrupt ─▶ GED._EVT ─▶ PCI0.PCNT ─▶ Notify (Sxx, device check or eject request)
-//!                      └─▶ Notify (PWRB, pressed)
+//!                      ├─▶ Notify (PWRB, pressed)
+//!                      └─▶ PRHP.PRNT, see [`processors`](super::processors)
 //! the guest lets go ─▶ Sxx._EJ0 ─▶ HPLG.PCEJ ─▶ the eject register
 //! ```
 
@@ -18,8 +19,8 @@ use devices::{hotplug, pci};
 use crate::layout;
 
 /// ACPI 6.5, table 5.187: the device has come; the device is asked to go. Table 5.190: the button was pressed.
-const DEVICE_CHECK: u8 = 1;
-const EJECT_REQUEST: u8 = 3;
+pub(super) const DEVICE_CHECK: u8 = 1;
+pub(super) const EJECT_REQUEST: u8 = 3;
 const BUTTON_PRESSED: u8 = 0x80;
 
 /// Slots that have a device in the DSDT. The host bridge's does not: it stays.
@@ -201,6 +202,10 @@ fn event_device(aml: &mut Vec<u8>) {
                             &And::new(&ZERO, &Local(0), &hotplug::POWER_BUTTON_EVENT),
                             vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED)],
                         ),
+                        &If::new(
+                            &And::new(&ZERO, &Local(0), &hotplug::PROCESSOR_EVENT),
+                            vec![&MethodCall::new(Path::new("\\_SB_.PRHP.PRNT"), vec![])],
+                        ),
                     ],
                 ),
             ],
@@ -209,6 +214,6 @@ fn event_device(aml: &mut Vec<u8>) {
     );
 }
 
-fn in_scope(scope: &str, object: &dyn Aml, aml: &mut Vec<u8>) {
+pub(super) fn in_scope(scope: &str, object: &dyn Aml, aml: &mut Vec<u8>) {
     Scope::new(Path::new(scope), vec![object]).to_aml_bytes(aml);
 }

@@ -6,6 +6,7 @@
 
 mod dsdt;
 mod hotplug;
+mod processors;
 mod tables;
 
 #[cfg(test)]
@@ -27,6 +28,8 @@ const OEM_REVISION: u32 = 1;
 pub struct AcpiConfig<'a> {
     /// APIC id of each processor in the order of VP index; the ACPI processor UID is the position.
     pub apic_ids: &'a [u32],
+    /// How many of them, from the first on, are there when the guest starts; the others can come if there are events.
+    pub present: usize,
     /// Whether COM1 exists.
     pub serial: bool,
     /// Whether there are events: devices that come and go, and a power button.
@@ -66,7 +69,11 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiTables, AcpiError> {
         cpus: config.apic_ids.len(),
         available: layout::ACPI_TABLES_CAPACITY,
     };
-    if config.apic_ids.len() > dsdt::MAX_PROCESSORS {
+    let most = match config.hotplug {
+        true => processors::MOST,
+        false => dsdt::MAX_PROCESSORS,
+    };
+    if config.apic_ids.len() > most {
         return Err(too_large);
     }
     let mut image = Image {
@@ -76,7 +83,7 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiTables, AcpiError> {
     let dsdt = image.append(dsdt::dsdt(config).as_slice());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(image.append(&aml_bytes(&tables::fadt(dsdt))));
-    xsdt.add_entry(image.append(tables::madt(config.apic_ids).as_slice()));
+    xsdt.add_entry(image.append(tables::madt(config.apic_ids, config.present).as_slice()));
     xsdt.add_entry(image.append(&aml_bytes(&tables::mcfg())));
     let xsdt = image.append(&aml_bytes(&xsdt));
     let rsdp = aml_bytes(&Rsdp::new(OEM_ID, xsdt));

@@ -38,29 +38,41 @@ fn byte_port(port: u64) -> GAS {
 const MADT_LOCAL_APIC: u8 = 0;
 const MADT_IOAPIC: u8 = 1;
 const MADT_LOCAL_X2APIC: u8 = 9;
-const MADT_ENABLED: u32 = 1;
+pub(super) const MADT_ENABLED: u32 = 1 << 0;
+const MADT_ONLINE_CAPABLE: u32 = 1 << 1;
 /// Id 255 addresses all local APICs, so processors from there on need the x2APIC form.
 const FIRST_X2APIC_ID: u32 = 255;
 
-/// The MADT: processors and the IOAPIC. No interrupt overrides: all ISA interrupts are edge-triggered, active high and
+/// The local APIC of processor `uid`, as the MADT and `_MAT` have it.
+pub(super) fn local_apic(uid: u32, apic_id: u32, flags: u32) -> Vec<u8> {
+    let mut entry = Vec::new();
+    match (u8::try_from(uid), u8::try_from(apic_id)) {
+        (Ok(uid), Ok(id)) if apic_id < FIRST_X2APIC_ID => {
+            entry.extend_from_slice(&[MADT_LOCAL_APIC, 8, uid, id]);
+            entry.extend_from_slice(&flags.to_le_bytes());
+        }
+        _ => {
+            entry.extend_from_slice(&[MADT_LOCAL_X2APIC, 16, 0, 0]);
+            entry.extend_from_slice(&apic_id.to_le_bytes());
+            entry.extend_from_slice(&flags.to_le_bytes());
+            entry.extend_from_slice(&uid.to_le_bytes());
+        }
+    }
+    entry
+}
+
+/// The MADT: processors, of which the first `present` are there and the others can come, and the IOAPIC. No interrupt overrides: all ISA interrupts are edge-triggered, active high and
 /// wired to the pin of the same number, and the flag for a pair of 8259 stays clear.
-pub(super) fn madt(apic_ids: &[u32]) -> Sdt {
+pub(super) fn madt(apic_ids: &[u32], present: usize) -> Sdt {
     let mut entries = Vec::new();
     entries.extend_from_slice(&(layout::LAPIC_START as u32).to_le_bytes());
     entries.extend_from_slice(&0u32.to_le_bytes());
     for (uid, &apic_id) in (0u32..).zip(apic_ids) {
-        match (u8::try_from(uid), u8::try_from(apic_id)) {
-            (Ok(uid), Ok(id)) if apic_id < FIRST_X2APIC_ID => {
-                entries.extend_from_slice(&[MADT_LOCAL_APIC, 8, uid, id]);
-                entries.extend_from_slice(&MADT_ENABLED.to_le_bytes());
-            }
-            _ => {
-                entries.extend_from_slice(&[MADT_LOCAL_X2APIC, 16, 0, 0]);
-                entries.extend_from_slice(&apic_id.to_le_bytes());
-                entries.extend_from_slice(&MADT_ENABLED.to_le_bytes());
-                entries.extend_from_slice(&uid.to_le_bytes());
-            }
-        }
+        let flags = match (uid as usize) < present {
+            true => MADT_ENABLED,
+            false => MADT_ONLINE_CAPABLE,
+        };
+        entries.extend_from_slice(&local_apic(uid, apic_id, flags));
     }
     entries.extend_from_slice(&[MADT_IOAPIC, 12, 0, 0]);
     entries.extend_from_slice(&(layout::IOAPIC_START as u32).to_le_bytes());

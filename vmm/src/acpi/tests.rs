@@ -60,8 +60,9 @@ fn built(cpus: u32) -> AcpiTables {
     let apic_ids: Vec<u32> = (0..cpus).collect();
     build(&AcpiConfig {
         apic_ids: &apic_ids,
+        present: cpus as usize,
         serial: true,
-        hotplug: true,
+        hotplug: cpus <= 256,
     })
     .unwrap()
 }
@@ -140,6 +141,7 @@ fn sparse_apic_ids_keep_their_processors() {
     let madt = find(
         &build(&AcpiConfig {
             apic_ids: &apic_ids,
+            present: 3,
             serial: false,
             hotplug: false,
         })
@@ -185,6 +187,7 @@ fn the_dsdt_has_what_the_machine_has() {
     let silent = find(
         &build(&AcpiConfig {
             apic_ids: &[0],
+            present: 1,
             serial: false,
             hotplug: false,
         })
@@ -195,14 +198,77 @@ fn the_dsdt_has_what_the_machine_has() {
     assert!(!contains(&silent, b"GED0"));
 }
 
+/// 34 processors, of which 2 are there when the guest starts.
+fn growing(hotplug: bool) -> Found {
+    let apic_ids: Vec<u32> = (0..34).collect();
+    let tables = build(&AcpiConfig {
+        apic_ids: &apic_ids,
+        present: 2,
+        serial: false,
+        hotplug,
+    });
+    find(&tables.unwrap())
+}
+
+#[test]
+fn processors_that_can_come_are_online_capable() {
+    let madt = growing(true).madt;
+    let flags: Vec<u32> = madt_entries(&madt)[..34]
+        .iter()
+        .map(|(_, entry)| dword(entry, 4))
+        .collect();
+    assert_eq!(flags[..3], [1, 1, 2], "enabled, or online-capable");
+    assert!(flags[3..].iter().all(|flags| *flags == 2));
+}
+
+#[test]
+fn processors_that_come_and_go_have_their_methods() {
+    let dsdt = growing(true).dsdt;
+    let count = |name: &[u8; 4]| dsdt.windows(4).filter(|part| part == name).count();
+    // The slots of the PCI bus but the host bridge's, and the processors.
+    assert_eq!(count(b"_EJ0"), 31 + 34);
+    assert_eq!(
+        (count(b"_MAT"), count(b"_OST"), count(b"_STA")),
+        (34, 34, 34)
+    );
+    for name in [
+        b"PRHP", b"PRP0", b"PRP1", b"PRN1", b"PREJ", b"PRAN", b"C021",
+    ] {
+        assert!(contains(&dsdt, name));
+    }
+    assert!(!contains(&dsdt, b"PRP2"), "two words are enough");
+    // _MAT of processor 33: a local APIC that is enabled, whether or not it was at the start.
+    assert!(contains(&dsdt, &[0, 8, 33, 33, 1, 0, 0, 0]));
+    // The field of PRP0, PRP1, then 24 bytes of nothing, PRA0 …: a name and its bits, or bits alone in two bytes.
+    assert!(contains(&dsdt, b"PRP0\x20PRP1\x20\0\x40\x0cPRA0\x20"));
+    assert!(contains(&dsdt, b"PRL1\x20\0\x40\x0cPREJ\x20PRAN\x20"));
+    assert!(!contains(&growing(false).dsdt, b"PRHP"));
+}
+
+#[test]
+fn most_processors_that_can_come_fit() {
+    let apic_ids: Vec<u32> = (0..257).collect();
+    let tables = |count: usize| {
+        build(&AcpiConfig {
+            apic_ids: &apic_ids[..count],
+            present: 1,
+            serial: true,
+            hotplug: true,
+        })
+    };
+    assert!(tables(256).unwrap().bytes.len() < layout::ACPI_TABLES_CAPACITY);
+    assert!(tables(257).is_err(), "the registers have no bit for it");
+}
+
 #[test]
 fn too_many_processors_are_refused() {
     for cpus in [3000, 0x1001, 0x2000] {
         let apic_ids: Vec<u32> = (0..cpus).collect();
         let error = build(&AcpiConfig {
             apic_ids: &apic_ids,
+            present: 1,
             serial: true,
-            hotplug: true,
+            hotplug: false,
         })
         .unwrap_err();
         assert_eq!(

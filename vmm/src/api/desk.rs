@@ -12,10 +12,11 @@ use super::{
     queue::{Answer, Reply},
 };
 use crate::{
-    config::{ConfigError, VmConfig},
+    config::{ConfigError, CpusConfig, VmConfig},
     peripherals::{Handle, PeripheralError, Plug, mem},
+    scheduling::{Placed, Scheduling, SchedulingError},
     state::State,
-    vm::{Totals, Vm},
+    vm::{Totals, Vm, VmError},
 };
 
 /// The machine as requests find it.
@@ -24,6 +25,10 @@ pub(crate) struct Desk<'a> {
     pub(crate) config: &'a mut VmConfig,
     /// The machine itself, while it runs.
     pub(crate) vm: Option<&'a Vm>,
+    /// Where its vCPUs are, while it runs and if that was asked for.
+    pub(crate) placed: Option<&'a Placed<'a>>,
+    /// Where they are to be, likewise.
+    pub(crate) scheduling: Option<&'a Scheduling>,
     /// The state it is in.
     pub(crate) state: State,
     /// Width of a physical address on this host.
@@ -219,14 +224,17 @@ impl Desk<'_> {
             desired_ram: ram,
             desired_balloon: balloon,
         } = *resize;
-        let boot = self.config.cpus.boot_vcpus;
-        if vcpus.is_some_and(|vcpus| vcpus != boot) {
-            return Err(Refusal::unsupported(format!(
-                "the machine has {boot} vCPUs; their number cannot be changed"
+        let max = self.config.cpus.max_vcpus;
+        if let Some(vcpus) = vcpus.filter(|vcpus| !(1..=max).contains(vcpus)) {
+            return Err(Refusal::bad(format!(
+                "{vcpus} vCPUs asked for; the machine can have 1 to {max} (--cpus max=)"
             )));
         }
         if let Some(bytes) = ram {
             self.resize_memory(bytes)?;
+        }
+        if let Some(vcpus) = vcpus {
+            self.resize_vcpus(vcpus)?;
         }
         let size = self.config.memory.size;
         let Some(bytes) = balloon else {
@@ -250,6 +258,28 @@ impl Desk<'_> {
         }
         config.size = bytes;
         Ok(None)
+    }
+
+    /// Plans them, and, while the machine runs, starts those that come and asks the guest to let go of those that go.
+    fn resize_vcpus(&mut self, vcpus: u32) -> Result<(), Refusal> {
+        let resized = match (self.vm, self.scheduling) {
+            (Some(vm), _) => vm.resize(vcpus, self.placed),
+            (None, Some(scheduling)) => scheduling.resize(vcpus).map_err(VmError::from),
+            (None, None) => Ok(()),
+        };
+        resized.map_err(|error| {
+            let CpusConfig { boot_vcpus, .. } = self.config.cpus;
+            let text = format!("the machine keeps its {boot_vcpus} vCPUs");
+            let refusal = match &error {
+                VmError::Scheduling(SchedulingError::Claim(_) | SchedulingError::Refused(_)) => {
+                    Refusal::conflict(text)
+                }
+                _ => Refusal::failed(text),
+            };
+            refusal.because(&error)
+        })?;
+        self.config.cpus.boot_vcpus = vcpus;
+        Ok(())
     }
 
     fn resize_disk(&self, resize: &ResizeDisk) -> Answer {

@@ -32,7 +32,8 @@ impl Api {
 
     fn start_at(socket: &ApiSocket, path: PathBuf) -> Self {
         let (server, queue) = Server::start(socket).unwrap();
-        let config = r#"{"payload":{"kernel":"vmlinuz"},"disks":[{"path":"a","id":"first"}]}"#;
+        let config = r#"{"payload":{"kernel":"vmlinuz"},"disks":[{"path":"a","id":"first"}],
+            "cpus":{"boot_vcpus":1,"max_vcpus":4}}"#;
         Self {
             server: Some(server),
             queue,
@@ -56,6 +57,8 @@ impl Api {
             let mut desk = Desk {
                 config: &mut self.config,
                 vm: None,
+                placed: None,
+                scheduling: None,
                 state: State::Shutdown,
                 address_bits: 48,
             };
@@ -161,7 +164,15 @@ fn answers_are_what_clients_of_cloud_hypervisor_expect() {
         ("PUT", "vm.add-disk", "[1]", 400, "not valid"),
         ("PUT", "vm.add-disk", "", 400, "not valid"),
         ("PUT", "vm.add-net", r#"{"fds":[0]}"#, 400, "descriptors"),
-        ("PUT", "vm.resize", r#"{"desired_vcpus":2}"#, 501, "1 vCPUs"),
+        ("PUT", "vm.resize", r#"{"desired_vcpus":5}"#, 400, "1 to 4"),
+        ("PUT", "vm.resize", r#"{"desired_vcpus":0}"#, 400, "1 to 4"),
+        (
+            "PUT",
+            "vm.resize",
+            r#"{"desired_vcpus":-1}"#,
+            400,
+            "not valid",
+        ),
         ("PUT", "vm.resize", r#"{"desired_ram":1}"#, 501, "none that"),
         (
             "PUT",

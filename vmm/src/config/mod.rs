@@ -316,7 +316,7 @@ pub enum ConfigError {
         disk: String,
         /// Queues asked for.
         queues: u16,
-        /// VPs at boot.
+        /// VPs at most.
         most: u32,
     },
     /// A queue that cannot be that large or small.
@@ -396,7 +396,7 @@ impl VmConfig {
         }
         names::validate(self)?;
         rate_limit_group::validate(self)?;
-        self.disks.iter().try_for_each(|disk| disk.validate(boot))?;
+        self.disks.iter().try_for_each(|disk| disk.validate(max))?;
         self.net.iter().try_for_each(NetConfig::validate)?;
         self.validate_devices()
     }
