@@ -9,11 +9,11 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::io::{Read, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use crate::requires;
@@ -180,9 +180,14 @@ pub fn patience() -> Duration {
 pub struct Vmm {
     child: Child,
     stdin: Option<ChildStdin>,
-    lines: Receiver<String>,
+    /// Pieces of the two streams, by their number.
+    pieces: Receiver<(usize, Vec<u8>)>,
+    /// What each stream's last line has so far.
+    begun: [Vec<u8>; 2],
     /// Everything read so far, standard output and error mixed.
     pub output: Vec<String>,
+    /// How many of these lines have been waited for.
+    seen: usize,
 }
 
 impl Vmm {
@@ -200,22 +205,17 @@ impl Vmm {
         let mut child = command
             .spawn()
             .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        let (sender, lines) = mpsc::channel();
+        let (sender, pieces) = mpsc::channel();
         let streams: [Box<dyn Read + Send>; 2] = [
             Box::new(child.stdout.take().expect("stdout")),
             Box::new(child.stderr.take().expect("stderr")),
         ];
-        for stream in streams {
+        for (number, mut stream) in streams.into_iter().enumerate() {
             let sender = sender.clone();
             std::thread::spawn(move || {
-                let mut reader = BufReader::new(stream);
-                let mut line = Vec::new();
-                while reader
-                    .read_until(b'\n', &mut line)
-                    .is_ok_and(|count| count > 0)
-                {
-                    let _ = sender.send(String::from_utf8_lossy(&line).trim_end().to_string());
-                    line.clear();
+                let mut buffer = [0; 4096];
+                while let Ok(count @ 1..) = stream.read(&mut buffer) {
+                    let _ = sender.send((number, buffer[..count].to_vec()));
                 }
             });
         }
@@ -223,8 +223,57 @@ impl Vmm {
         Vmm {
             child,
             stdin,
-            lines,
+            pieces,
+            begun: Default::default(),
             output: Vec::new(),
+            seen: 0,
+        }
+    }
+
+    /// Waits for more output, until `deadline`, and adds the lines that it completes.
+    fn read(&mut self, deadline: Instant) -> Result<(), RecvTimeoutError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match self.pieces.recv_timeout(left) {
+            Ok((number, piece)) => {
+                self.add(number, &piece);
+                Ok(())
+            }
+            Err(why) => {
+                if why == RecvTimeoutError::Disconnected {
+                    for number in 0..self.begun.len() {
+                        if !self.begun[number].is_empty() {
+                            self.add(number, b"\n");
+                        }
+                    }
+                }
+                Err(why)
+            }
+        }
+    }
+
+    fn add(&mut self, number: usize, piece: &[u8]) {
+        let begun = &mut self.begun[number];
+        for part in piece.split_inclusive(|byte| *byte == b'\n') {
+            begun.extend_from_slice(part);
+            if part.ends_with(b"\n") {
+                let line = String::from_utf8_lossy(begun).trim_end().to_owned();
+                begun.clear();
+                self.output.push(line);
+            }
+        }
+    }
+
+    /// The next line of the output that nobody has waited for yet.
+    fn next_line(&mut self, deadline: Instant) -> Result<String, RecvTimeoutError> {
+        loop {
+            if let Some(line) = self.output.get(self.seen) {
+                self.seen += 1;
+                return Ok(line.clone());
+            }
+            match self.read(deadline) {
+                Err(why) if self.seen == self.output.len() => return Err(why),
+                _ => {}
+            }
         }
     }
 
@@ -257,6 +306,18 @@ impl Vmm {
         vmm
     }
 
+    /// `rota run` with the cloud kernel and the root file system on the disk that `disk` describes.
+    #[must_use]
+    pub fn boot_from_disk(disk: &str, arguments: &[&str]) -> Vmm {
+        let mut command = run_with(
+            rota(),
+            "vmlinuz-cloud",
+            "initramfs-root.cpio",
+            "rota.then=root",
+        );
+        Vmm::start(command.args(["--disk", disk]).args(arguments))
+    }
+
     /// Has the guest's shell run `command`, and returns the last line of what it prints.
     ///
     /// # Panics
@@ -270,7 +331,7 @@ impl Vmm {
             "{command}: {line}; printed:\n{}",
             self.printed()
         );
-        let last = self.output.len().checked_sub(2);
+        let last = self.seen.checked_sub(2);
         last.and_then(|last| self.output.get(last))
             .cloned()
             .unwrap_or_default()
@@ -281,24 +342,43 @@ impl Vmm {
     /// # Panics
     /// When the output ends before, or [`patience`] does; with what was printed.
     pub fn wait_for(&mut self, text: &str) -> String {
-        let deadline = Instant::now() + patience();
+        self.wait_longer_for(text, patience())
+    }
+
+    /// The same for what takes longer.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn wait_longer_for(&mut self, text: &str, patience: Duration) -> String {
+        let deadline = Instant::now() + patience;
         loop {
-            match self
-                .lines
-                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            {
-                Ok(line) => {
-                    self.output.push(line.clone());
-                    if line.contains(text) {
-                        return line;
-                    }
-                }
+            match self.next_line(deadline) {
+                Ok(line) if line.contains(text) => return line,
+                Ok(_) => {}
                 Err(why) => panic!(
                     "no line with {text:?} ({why}); printed:\n{}",
                     self.printed()
                 ),
             }
         }
+    }
+
+    /// Reads until the guest's console stands behind `prompt`, in a line that has not ended.
+    ///
+    /// # Panics
+    /// When it does not come before [`patience`] ends; with what was printed.
+    pub fn wait_for_prompt(&mut self, prompt: &str) {
+        let deadline = Instant::now() + patience();
+        while !self.begun[0].ends_with(prompt.as_bytes()) {
+            if let Err(why) = self.read(deadline) {
+                panic!(
+                    "no prompt {prompt:?} ({why}); printed:\n{}\n{}",
+                    self.printed(),
+                    String::from_utf8_lossy(&self.begun[0])
+                );
+            }
+        }
+        self.seen = self.output.len();
     }
 
     /// Waits for the guest's init and returns its report.
@@ -359,13 +439,13 @@ impl Vmm {
         let deadline = Instant::now() + patience();
         loop {
             if let Some(status) = self.child.try_wait().expect("wait") {
-                let quiet = Duration::from_millis(500);
-                while let Ok(line) = self.lines.recv_timeout(quiet) {
-                    self.output.push(line);
-                }
+                while self
+                    .read(Instant::now() + Duration::from_millis(500))
+                    .is_ok()
+                {}
                 return status;
             }
-            self.output.extend(self.lines.try_iter());
+            let _ = self.read(Instant::now());
             assert!(
                 Instant::now() < deadline,
                 "it does not end; printed:\n{}",

@@ -1,6 +1,6 @@
 //! Gets what a step needs from Debian, by package name.
 //!
-//! Tools are installed; kernels are only downloaded (the machine's own boot files stay as they are). Nothing is asked of
+//! Tools are installed; kernels, and what is needed once, are only downloaded (the machine's own boot files stay as they are). Nothing is asked of
 //! the network when what is needed is already there.
 
 use std::path::{Path, PathBuf};
@@ -62,27 +62,38 @@ pub(crate) fn download_dependency(meta: &str, prefix: &str, folder: &Path) -> Re
             })?
         }
     };
-    std::fs::create_dir_all(folder).context(|| format!("cannot create {}", folder.display()))?;
-    if download(&package, folder, &[]).is_err() {
-        apt_get(&["update"])?;
-        download(&package, folder, &[])
-            .context(|| format!("Debian package {package} could not be downloaded"))?;
-    }
-    downloaded(&package, folder)
+    download_package(&package, folder)
 }
 
-/// The same from Debian's backports, which this machine's own sources and package lists need not know and do not get to know.
+/// Downloads `package` into `folder`.
+pub(crate) fn download_package(package: &str, folder: &Path) -> Result<PathBuf> {
+    std::fs::create_dir_all(folder).context(|| format!("cannot create {}", folder.display()))?;
+    if download(package, folder, &[]).is_err() {
+        apt_get(&["update"])?;
+        download(package, folder, &[])
+            .context(|| format!("Debian package {package} could not be downloaded"))?;
+    }
+    downloaded(package, folder)
+}
+
+/// The name of this machine's Debian release, as in `bookworm`.
+pub(crate) fn release() -> Result<String> {
+    let about = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    about
+        .lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+        .map(str::to_owned)
+        .ok_or_else(|| Error::new("/etc/os-release does not say which Debian this is"))
+}
+
+/// What [`download_dependency`] does, from Debian's backports, which this machine's own sources and package lists need not know and do not get to know.
 pub(crate) fn download_backport(meta: &str, prefix: &str, folder: &Path) -> Result<PathBuf> {
+    let codename = release()?;
     let apt = folder.join("apt");
     for part in ["lists/partial", "cache/archives/partial"] {
         let part = apt.join(part);
         std::fs::create_dir_all(&part).context(|| format!("cannot create {}", part.display()))?;
     }
-    let about = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let codename = about
-        .lines()
-        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
-        .ok_or_else(|| Error::new("/etc/os-release does not say which Debian this is"))?;
     let sources = apt.join("sources.list");
     let source = format!(
         "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian {codename}-backports main\n"
@@ -153,22 +164,8 @@ fn download(package: &str, folder: &Path, options: &[String]) -> Result<()> {
 }
 
 fn apt_get(arguments: &[&str]) -> Result<()> {
-    // SAFETY: geteuid only reads the caller's credentials and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    let mut command = if root {
-        Command::new("env")
-    } else {
-        Command::new("sudo")
-    };
-    if !root {
-        if find("sudo").is_none() {
-            return Err(Error::new(format!(
-                "neither root nor sudo here; as root, run: apt-get {}",
-                arguments.join(" ")
-            )));
-        }
-        command.arg("env");
-    }
+    let mut command =
+        as_root("env").context(|| format!("as root, run: apt-get {}", arguments.join(" ")))?;
     command
         .arg("DEBIAN_FRONTEND=noninteractive")
         .arg("apt-get")
@@ -176,8 +173,22 @@ fn apt_get(arguments: &[&str]) -> Result<()> {
     quietly(command)
 }
 
+/// `program`, run by root: directly or through `sudo`.
+pub(crate) fn as_root(program: &str) -> Result<Command> {
+    // SAFETY: geteuid only reads the caller's credentials and cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        return Ok(Command::new(program));
+    }
+    if find("sudo").is_none() {
+        return Err(Error::new("neither root nor sudo here"));
+    }
+    let mut command = Command::new("sudo");
+    command.arg(program);
+    Ok(command)
+}
+
 /// Runs a command and shows its output only if it fails.
-fn quietly(mut command: Command) -> Result<()> {
+pub(crate) fn quietly(mut command: Command) -> Result<()> {
     let shown = format!("{command:?}").replace('"', "");
     let output = command
         .stdin(Stdio::null())

@@ -91,6 +91,23 @@ impl Kernel {
         Self::prepare(&file, &workspace.lab().join("kernels").join(name), modules)
     }
 
+    /// Of the modules, those named and what they depend on, in the same order.
+    pub(crate) fn modules_for(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
+        let mut wanted: Vec<String> = names.iter().map(|name| name.replace('-', "_")).collect();
+        let mut kept = Vec::new();
+        // What a module depends on stands before it.
+        for module in self.modules.iter().rev() {
+            if wanted.contains(&module_name(module)) {
+                let bytes =
+                    fs::read(module).context(|| format!("cannot read {}", module.display()))?;
+                wanted.extend(dependencies(&bytes));
+                kept.push(module.clone());
+            }
+        }
+        kept.reverse();
+        Ok(kept)
+    }
+
     fn prepare(source: &Path, folder: &Path, modules: &[&str]) -> Result<Self> {
         let about = fs::metadata(source).context(|| format!("cannot read {}", source.display()))?;
         let stamp = format!(

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # A guest's first process. It says that it runs before it does anything else:
 #   ROTA-GUEST-INIT <processors> <memory in kB> <kernel> <hypervisor>
-# and then does what the kernel's command line asks for: rota.then=poweroff|reboot|halt|panic|wait|shell (shell if not said).
+# and then does what the kernel's command line asks for: rota.then=poweroff|reboot|halt|panic|wait|root|shell (shell if not said).
 
 /bin/busybox mount -t proc proc /proc
 read -r _ memory _ </proc/meminfo
@@ -35,6 +35,12 @@ if [ -e /lib/modules/order ]; then
     while read -r module; do
         insmod "/lib/modules/$module" || echo "guest: module $module does not load"
     done </lib/modules/order
+fi
+if [ "$then" = root ]; then
+    mkdir -p /root
+    mount -t ext4 -o ro /dev/vda /root
+    for folder in proc sys dev; do mount --move "/$folder" "/root/$folder"; done
+    exec switch_root /root /sbin/init
 fi
 mount -t devpts devpts /dev/pts
 hostname guest

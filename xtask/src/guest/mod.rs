@@ -6,6 +6,11 @@
 //! | `vmlinux-cloud`, `vmlinux-amd64` | the ELF images inside them, with a PVH entry point |
 //! | `initramfs.cpio` | busybox and an init that reports and then obeys `rota.then=` |
 //! | `initramfs-devices.cpio` | the same, with the cloud kernel's drivers for virtio and the power button, loaded before the shell |
+//! | `initramfs-root.cpio` | the same, with those that a root file system on a disk takes |
+//! | `debian.raw`, `debian.qcow2` | such a disk ([`debian`], made when it is needed) |
+//! | `iperf3/` | that program of Debian's with its libraries, for the lab |
+
+pub(crate) mod debian;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,21 +42,34 @@ pub(crate) const DRIVERS: &[&str] = &[
     "evdev",
 ];
 
+/// The drivers in `initramfs-root.cpio`; `crc32c-generic` is what the file system's checksums are made by, which it does not say.
+pub(crate) const ROOT_DRIVERS: &[&str] = &[
+    "virtio-pci",
+    "virtio-blk",
+    "virtio-net",
+    "virtio-rng",
+    "crc32c-generic",
+    "ext4",
+    "button",
+    "evdev",
+];
+
 /// Makes the guest images if they are not there or older than what they are made of.
 pub(crate) fn prepare(workspace: &Workspace) -> Result<()> {
     let folder = workspace.lab().join("guest");
     fs::create_dir_all(&folder).context(|| format!("cannot create {}", folder.display()))?;
-    let mut drivers = Vec::new();
-    for (flavour, name) in [(Flavour::Cloud, "cloud"), (Flavour::Amd64, "amd64")] {
-        let kernel = Kernel::debian(workspace, flavour, crate::lab::modules_of(flavour))?;
+    let kernel = |flavour, name: &str| -> Result<Kernel> {
+        let kernel = Kernel::debian(workspace, flavour, &crate::lab::modules_of(flavour))?;
         link(&kernel.bzimage, &folder.join(format!("vmlinuz-{name}")))?;
         link(&kernel.elf, &folder.join(format!("vmlinux-{name}")))?;
-        if flavour == Flavour::Cloud {
-            drivers = kernel.modules;
-        }
-    }
-    write(&folder, "initramfs.cpio", &[])?;
-    write(&folder, "initramfs-devices.cpio", &drivers)
+        Ok(kernel)
+    };
+    let cloud = kernel(Flavour::Cloud, "cloud")?;
+    kernel(Flavour::Amd64, "amd64")?;
+    let write = |name, drivers: &[PathBuf]| write(&folder, name, drivers);
+    write("initramfs.cpio", &[])?;
+    write("initramfs-devices.cpio", &cloud.modules_for(DRIVERS)?)?;
+    write("initramfs-root.cpio", &cloud.modules_for(ROOT_DRIVERS)?)
 }
 
 /// Writes the initramfs `name` with these modules, if it is not there already.

@@ -39,10 +39,10 @@ const TOOLS: &[Tool] = &[
 ];
 
 /// The modules that Debian's kernel of this flavour is unpacked with.
-pub(crate) fn modules_of(flavour: Flavour) -> &'static [&'static str] {
+pub(crate) fn modules_of(flavour: Flavour) -> Vec<&'static str> {
     match flavour {
-        Flavour::Amd64 => root::MODULES,
-        Flavour::Cloud => guest::DRIVERS,
+        Flavour::Amd64 => root::MODULES.into(),
+        Flavour::Cloud => [guest::DRIVERS, guest::ROOT_DRIVERS].concat(),
     }
 }
 
@@ -95,7 +95,7 @@ impl Lab {
         guest::prepare(workspace)?;
         match &self.kernel {
             Some(file) => Kernel::from_file(workspace, file, root::MODULES),
-            None => Kernel::debian(workspace, Flavour::Amd64, modules_of(Flavour::Amd64)),
+            None => Kernel::debian(workspace, Flavour::Amd64, &modules_of(Flavour::Amd64)),
         }
     }
 

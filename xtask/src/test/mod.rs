@@ -22,6 +22,7 @@ use clap::ValueEnum;
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
+use crate::guest;
 use crate::inside;
 use crate::lab::{Addition, Lab};
 use crate::progress::step;
@@ -279,6 +280,7 @@ fn in_lab(
         })?;
         command.push(format!("{name}={path}"));
     }
+    guest::debian::prepare(workspace)?;
     let virtiofsd = VIRTIOFSD
         .iter()
         .find_map(|path| path.parse::<Addition>().ok());
