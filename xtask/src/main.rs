@@ -2,6 +2,7 @@
 
 mod apt;
 mod bench;
+mod bench_io;
 mod bench_sched;
 mod cpio;
 mod demo;
@@ -76,6 +77,8 @@ enum Bench {
         #[arg(long)]
         json: bool,
     },
+    /// How a guest's disks and networks work: throughput, and what an operation costs
+    Io(bench_io::Options),
     /// The scheduler beside the control planes of others
     Sched {
         /// Measure in the lab, on a kernel from Debian's backports and control groups of version 2 (before the benchmark's options)
@@ -98,13 +101,14 @@ enum Bench {
 enum Inside {
     Demo(inside::demo::Options),
     Bench(inside::bench::Options),
+    BenchIo(inside::io::Options),
     /// Keep the lab's kernel from rewriting its code
     Steady,
     Tests(inside::tests::Options),
 }
 
 /// The path in `cloud-hypervisor=PATH`.
-fn peer(text: &str) -> std::result::Result<PathBuf, String> {
+pub(crate) fn peer(text: &str) -> std::result::Result<PathBuf, String> {
     match text.split_once('=') {
         Some(("cloud-hypervisor", path)) if !path.is_empty() => Ok(path.into()),
         _ => Err("expected cloud-hypervisor=PATH".into()),
@@ -156,6 +160,9 @@ fn main() -> ExitCode {
             what: Inside::Bench(options),
         } => inside::bench::run(&options),
         Action::Inside {
+            what: Inside::BenchIo(options),
+        } => inside::io::run(&options),
+        Action::Inside {
             what: Inside::Steady,
         } => inside::steady::run(),
         Action::Inside {
@@ -180,6 +187,9 @@ fn on_host(workspace: &Workspace, action: Action) -> Result<i32> {
         Action::Bench {
             what: Bench::Boot { peer, runs, json },
         } => bench::boot(workspace, peer, runs, json),
+        Action::Bench {
+            what: Bench::Io(options),
+        } => bench_io::run(workspace, &options),
         Action::Bench {
             what:
                 Bench::Sched {
@@ -216,7 +226,7 @@ fn run_in_lab(workspace: &Workspace, args: LabArgs) -> Result<i32> {
         verbose: args.verbose,
         profile,
         terminal: true,
-        environment: Vec::new(),
+        ..Lab::default()
     };
     let command = if args.command.is_empty() {
         vec!["sh".into()]

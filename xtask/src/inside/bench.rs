@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::free_memory;
-use super::vm::{self, AtInit, GuestFiles, Trace, Vm};
+use super::vm::{self, AtInit, GuestFiles, Input, Trace, Vm};
 use crate::error::{Context, Result};
 
 /// What to measure.
@@ -106,7 +106,7 @@ fn boot(name: &str, command: Vec<String>) -> Result<Boot> {
         name: name.into(),
         command,
         memory_mib: MEMORY_MIB,
-        interactive: false,
+        input: Input::Nothing,
     };
     let (at, trace) = vm::to_init(vm, LIMIT)?;
     Ok(figures(at, &trace))
@@ -121,7 +121,7 @@ fn figures(at: AtInit, trace: &Trace) -> Boot {
     }
 }
 
-fn copy_of_program(name: &str) -> Result<String> {
+pub(super) fn copy_of_program(name: &str) -> Result<String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let from = std::env::split_paths(&path)
         .map(|folder| folder.join(name))
@@ -133,7 +133,7 @@ fn copy_of_program(name: &str) -> Result<String> {
     Ok(to)
 }
 
-fn version(program: &str) -> Option<String> {
+pub(super) fn version(program: &str) -> Option<String> {
     let output = std::process::Command::new(program)
         .arg("--version")
         .output()
@@ -143,7 +143,7 @@ fn version(program: &str) -> Option<String> {
     text.lines().next().map(str::to_owned)
 }
 
-fn round_name(round: u32, runs: u32) -> String {
+pub(super) fn round_name(round: u32, runs: u32) -> String {
     if round == 0 {
         "warm-up".into()
     } else {

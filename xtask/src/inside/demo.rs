@@ -12,7 +12,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::vm::{self, AtInit, GuestFiles, News, Running, Trace, Vm};
+use super::vm::{self, AtInit, GuestFiles, Input, News, Running, Trace, Vm};
 use crate::error::{Context, Error, Result};
 use crate::table::Table;
 use crate::terminal::Style;
@@ -153,7 +153,11 @@ fn guest(name: &str, interactive: bool) -> Vm {
         name: name.into(),
         command,
         memory_mib: MEMORY_MIB,
-        interactive,
+        input: if interactive {
+            Input::Pipe
+        } else {
+            Input::Nothing
+        },
     }
 }
 

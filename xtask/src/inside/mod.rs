@@ -5,6 +5,7 @@
 pub(crate) mod bench;
 pub(crate) mod demo;
 pub(crate) mod free_memory;
+pub(crate) mod io;
 mod memory;
 pub(crate) mod steady;
 pub(crate) mod tests;

@@ -2,10 +2,11 @@
 //! through `/dev/mshv`, and how much memory the VMM used.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,8 +29,19 @@ pub(crate) struct Vm {
     pub(crate) command: Vec<String>,
     /// The guest's memory, to tell it from the VMM's.
     pub(crate) memory_mib: u64,
-    /// Whether to write something into its console.
-    pub(crate) interactive: bool,
+    /// How something is written into its console.
+    pub(crate) input: Input,
+}
+
+/// What a VMM's standard input is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Input {
+    /// Nothing comes.
+    Nothing,
+    /// A pipe.
+    Pipe,
+    /// A terminal; cloud-hypervisor listens to nothing else.
+    Terminal,
 }
 
 /// A VM that runs.
@@ -38,8 +50,8 @@ pub(crate) struct Running {
     child: Child,
     started: Instant,
     trace: PathBuf,
-    /// The guest's keyboard, if it is interactive.
-    pub(crate) keyboard: Option<ChildStdin>,
+    /// The guest's keyboard, if it has one.
+    pub(crate) keyboard: Option<File>,
 }
 
 /// A piece of news from a VM.
@@ -100,10 +112,15 @@ impl Vm {
             .arg(&trace)
             .arg("--")
             .args(&self.command);
-        command.stdin(if self.interactive {
-            Stdio::piped()
-        } else {
-            Stdio::null()
+        let mut keyboard = None;
+        command.stdin(match self.input {
+            Input::Nothing => Stdio::null(),
+            Input::Pipe => Stdio::piped(),
+            Input::Terminal => {
+                let (ours, its) = terminal().context(|| "cannot make a terminal")?;
+                keyboard = Some(ours);
+                its.into()
+            }
         });
         let started = Instant::now();
         let mut child = command
@@ -125,7 +142,8 @@ impl Vm {
                 tell_messages(News::Message(line));
             }
         });
-        let keyboard = child.stdin.take();
+        let pipe = child.stdin.take();
+        let keyboard = keyboard.or_else(|| pipe.map(|pipe| File::from(OwnedFd::from(pipe))));
         Ok(Running {
             vm: self,
             child,
@@ -141,6 +159,11 @@ impl Running {
     pub(crate) fn terminate(&self) {
         // SAFETY: the child has not been waited for, so the process id is its own.
         unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
+    }
+
+    /// The VMM's process: softmshv has become it.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// What was counted until about a second ago.
@@ -221,6 +244,39 @@ pub(crate) fn to_init(vm: Vm, limit: Duration) -> Result<(AtInit, Trace)> {
             }
         }
     }
+}
+
+/// A terminal that changes nothing that is typed: the end to type at, and the VMM's.
+fn terminal() -> io::Result<(File, File)> {
+    let (mut ours, mut its): (RawFd, RawFd) = (-1, -1);
+    // SAFETY: zeroes are a valid value of these numbers.
+    let mut settings: libc::termios = unsafe { std::mem::zeroed() };
+    // SAFETY: both write to the structure they are given.
+    unsafe {
+        libc::cfmakeraw(&raw mut settings);
+        libc::cfsetspeed(&raw mut settings, libc::B115200);
+    }
+    settings.c_cflag |= libc::CREAD;
+    // SAFETY: writes the two descriptors and reads the settings; no name and no size are asked for.
+    let made = unsafe {
+        libc::openpty(
+            &raw mut ours,
+            &raw mut its,
+            std::ptr::null_mut(),
+            &raw const settings,
+            std::ptr::null(),
+        )
+    };
+    if made != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has just made them, and nobody else knows them.
+    let ends = unsafe { (File::from_raw_fd(ours), File::from_raw_fd(its)) };
+    // SAFETY: no pointer is involved. The VMM must not hold the end that is typed at.
+    if unsafe { libc::fcntl(ours, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(ends)
 }
 
 struct Watch {

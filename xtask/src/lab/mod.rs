@@ -70,6 +70,8 @@ pub(crate) struct Lab {
     pub(crate) terminal: bool,
     /// Environment variables of the command.
     pub(crate) environment: Vec<(String, String)>,
+    /// Whether the command counts system calls.
+    pub(crate) syscalls: bool,
 }
 
 impl Default for Lab {
@@ -84,6 +86,7 @@ impl Default for Lab {
             profile: Profile::Dev,
             terminal: false,
             environment: Vec::new(),
+            syscalls: false,
         }
     }
 }
@@ -123,6 +126,7 @@ impl Lab {
             programs,
             xtask: inside::executable(workspace).ok(),
             profile: self.profile.folder(),
+            syscalls: self.syscalls,
             terminal: terminal.then(terminal_settings),
         }
         .write(&root)?;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use crate::apt;
 use crate::cpio::Archive;
 use crate::error::{Context, Error, Result};
+use crate::inside::steady;
 use crate::kernel::Kernel;
 use crate::shared_libraries;
 
@@ -70,6 +71,8 @@ pub(super) struct Root<'a> {
     pub(super) xtask: Option<String>,
     /// The folder below `/target` with the built binaries.
     pub(super) profile: &'a str,
+    /// Whether system calls will be counted.
+    pub(super) syscalls: bool,
     /// Settings for the terminal (`stty`), if the command gets one.
     pub(super) terminal: Option<String>,
 }
@@ -106,6 +109,9 @@ impl Root<'_> {
         archive.file("lab/command", 0o644, self.script().as_bytes())?;
         if let Some(xtask) = &self.xtask {
             archive.symlink("lab/xtask", xtask)?;
+        }
+        if self.syscalls {
+            archive.file(steady::SYSCALLS, 0o644, b"")?;
         }
         if let Some(settings) = &self.terminal {
             archive.file("lab/terminal", 0o644, settings.as_bytes())?;
