@@ -48,7 +48,9 @@ pub(crate) fn prepare(workspace: &Workspace) -> Result<()> {
         let work = workspace
             .lab()
             .join(format!("debian-{}", std::process::id()));
-        fs::create_dir_all(&work).context(|| format!("cannot create {}", work.display()))?;
+        for folder in [&work, &folder] {
+            fs::create_dir_all(folder).context(|| format!("cannot create {}", folder.display()))?;
+        }
         let made = make(&work, &release).and_then(|()| keep(&work, &folder));
         let _ = fs::remove_dir_all(&work);
         made
