@@ -318,6 +318,17 @@ impl Vmm {
         Vmm::start(command.args(["--disk", disk]).args(arguments))
     }
 
+    /// Waits in the guest until `condition` is true, for the guest's shell.
+    ///
+    /// # Panics
+    /// When it is not `within` that time.
+    pub fn guest_waits_until(&mut self, condition: &str, within: Duration) {
+        let tries = within.as_secs() * 10;
+        self.guest_runs(&format!(
+            "for i in $(seq {tries}); do {condition} && break; sleep 0.1; done; {condition}"
+        ));
+    }
+
     /// Has the guest's shell run `command`, and returns the last line of what it prints.
     ///
     /// # Panics

@@ -18,6 +18,7 @@
 pub mod api;
 pub mod child;
 pub mod guest;
+pub mod image;
 pub mod message;
 pub mod payload;
 pub mod raw;

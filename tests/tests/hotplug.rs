@@ -10,39 +10,13 @@ use std::{
 
 use rota_tests::api::Api;
 use rota_tests::child::{self, Vmm};
+use rota_tests::image::Image;
 use rota_tests::require;
 use serde_json::{Value, json};
 
 /// Waits in the guest, up to half a minute, until `condition` is true.
 fn wait_until(vmm: &mut Vmm, condition: &str) {
-    let command =
-        format!("for i in $(seq 300); do {condition} && break; sleep 0.1; done; {condition}");
-    vmm.guest_runs(&command);
-}
-
-/// An image, gone at the end of its test.
-struct Image(PathBuf);
-
-impl Image {
-    fn new(name: &str) -> Self {
-        let name = format!("rota-{name}-{}", std::process::id());
-        let image = Self(std::env::temp_dir().join(name));
-        let bytes: Vec<u8> = (0..8u32 << 20).map(|at| (at ^ at >> 7) as u8).collect();
-        fs::write(&image.0, bytes).expect("an image");
-        image
-    }
-
-    fn checksum(&self) -> String {
-        let output = Command::new("sha256sum").arg(&self.0).output();
-        let line = String::from_utf8(output.expect("sha256sum").stdout).expect("text");
-        line.split_whitespace().next().expect("a sum").to_owned()
-    }
-}
-
-impl Drop for Image {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
+    vmm.guest_waits_until(condition, Duration::from_secs(30));
 }
 
 fn power_off(mut vmm: Vmm, api: &Api) {
@@ -60,7 +34,7 @@ fn a_disk_comes_and_goes_and_comes_again() {
     // Its own word for being ready: what comes before the drivers is found by them, too.
     vmm.guest_runs("true");
     let before = descriptors(&vmm);
-    let disk = json!({ "path": &image.0, "id": "data", "serial": "D-1" });
+    let disk = json!({ "path": image.path(), "id": "data", "serial": "D-1" });
     for _ in 0..2 {
         let answer = api.put("vm.add-disk", &disk);
         assert_eq!(answer["id"], "data");
@@ -175,7 +149,7 @@ fn the_machine_is_resized_and_its_buttons_are_pressed() {
     require!(child::bootable());
     let api = Api::new("buttons");
     let image = Image::new("buttons");
-    let disk = format!("path={},id=root", image.0.display());
+    let disk = format!("path={},id=root", image.path().display());
     let mut vmm = Vmm::boot_with_drivers(&[
         "--api-socket",
         &api.option(),

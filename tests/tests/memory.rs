@@ -2,50 +2,21 @@
 //! device.
 
 use std::{
-    fs,
-    path::PathBuf,
-    process::Command,
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
 use rota_tests::api::Api;
 use rota_tests::child::{self, Vmm};
+use rota_tests::image::Image;
 use rota_tests::require;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
-/// A file of 8 MiB, gone at the end of its test.
-struct Image(PathBuf);
-
-impl Image {
-    fn new(name: &str) -> Self {
-        let name = format!("rota-{name}-{}", std::process::id());
-        let image = Self(std::env::temp_dir().join(name));
-        let bytes: Vec<u8> = (0..8u32 << 20).map(|at| (at ^ at >> 9) as u8).collect();
-        fs::write(&image.0, bytes).expect("a file");
-        image
-    }
-
-    fn checksum(&self) -> String {
-        let output = Command::new("sha256sum").arg(&self.0).output();
-        let line = String::from_utf8(output.expect("sha256sum").stdout).expect("text");
-        line.split_whitespace().next().expect("a sum").to_owned()
-    }
-}
-
-impl Drop for Image {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
 /// Waits in the guest, up to a minute, until `condition` is true.
 fn wait_until(vmm: &mut Vmm, condition: &str) {
-    let command =
-        format!("for i in $(seq 300); do {condition} && break; sleep 0.2; done; {condition}");
-    vmm.guest_runs(&command);
+    vmm.guest_waits_until(condition, Duration::from_secs(60));
 }
 
 fn checksum_in_guest(vmm: &mut Vmm, device: &str) -> String {
@@ -71,9 +42,12 @@ fn files_are_persistent_memory() {
     let original = discarded.checksum();
     let mut vmm = Vmm::boot_with_drivers(&[
         "--pmem",
-        &format!("file={}", kept.0.display()),
+        &format!("file={}", kept.path().display()),
         "--pmem",
-        &format!("file={},size=4M,discard_writes=on", discarded.0.display()),
+        &format!(
+            "file={},size=4M,discard_writes=on",
+            discarded.path().display()
+        ),
     ]);
     wait_until(&mut vmm, "[ -b /dev/pmem0 -a -b /dev/pmem1 ]");
     assert_eq!(vmm.guest_runs("cat /sys/block/pmem0/size"), "16384");
@@ -109,7 +83,7 @@ fn persistent_memory_comes_and_goes() {
     let mut vmm = Vmm::boot_with_drivers(&["--api-socket", &api.option()]);
     vmm.guest_runs("true");
     let before = open_and_mapped(&vmm);
-    let pmem = json!({ "file": &image.0, "id": "data" });
+    let pmem = json!({ "file": image.path(), "id": "data" });
     for _ in 0..2 {
         let answer = api.put("vm.add-pmem", &pmem);
         let bdf = answer["bdf"].as_str().expect("an address").to_owned();
@@ -119,7 +93,7 @@ fn persistent_memory_comes_and_goes() {
         scribble(&mut vmm, "/dev/pmem0");
         let sum = checksum_in_guest(&mut vmm, "/dev/pmem0");
         assert_eq!(sum, image.checksum(), "{}", vmm.printed());
-        let (status, why) = api.ask("PUT", "vm.add-pmem", &json!({ "file": &image.0 }));
+        let (status, why) = api.ask("PUT", "vm.add-pmem", &json!({ "file": image.path() }));
         assert_eq!(status, 500, "{why}");
         assert!(why.to_string().contains("in use elsewhere"), "{why}");
 
@@ -162,7 +136,7 @@ fn memory_comes_and_goes() {
         "--api-socket",
         &api.option(),
         "--disk",
-        &format!("path={}", image.0.display()),
+        &format!("path={}", image.path().display()),
         "--memory",
         "size=256M,hotplug_method=virtio-mem,hotplug_size=512M",
     ]);
