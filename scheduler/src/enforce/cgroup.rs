@@ -210,7 +210,7 @@ pub(super) fn read_number<T: std::str::FromStr>(file: &Path) -> io::Result<T> {
 }
 
 /// Reads a control file that holds a CPU list.
-pub(crate) fn read_cpus(file: &Path) -> io::Result<CpuSet> {
+pub(super) fn read_cpus(file: &Path) -> io::Result<CpuSet> {
     read(file)?.parse().map_err(io::Error::other)
 }
 

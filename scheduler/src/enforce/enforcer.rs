@@ -14,7 +14,7 @@ use tracing::warn;
 
 use super::{
     Effect, Outcome, PartitionProperties,
-    cgroup::{Group, Places, write},
+    cgroup::{Group, Places, read_cpus, write},
     delegated::{self, Changed},
     elsewhere,
     linux::Linux,
@@ -24,6 +24,7 @@ use crate::{
     Claim, CpuSet, Gang, Host, Owner, SchedMode, SmtIsolation, Tid, VmPlan,
     gang::lever::{Lever, LeverKind},
     ledger::Entry,
+    reconcile::events::effective_cpus_file,
     sys,
 };
 
@@ -524,10 +525,18 @@ impl Shared {
         &self.host
     }
 
-    /// CPUs of a partition of this VM's own, which the groups above it have no more.
-    pub(crate) fn partition(&self) -> CpuSet {
-        self.with_linux(|linux| linux.partition())
-            .unwrap_or_default()
+    /// CPUs that this VM can have at all, now.
+    pub(crate) fn available(&self) -> CpuSet {
+        let place = self.cpuset_place();
+        let effective = place.as_deref().and_then(effective_cpus_file);
+        let online = || read_cpus(Path::new("/sys/devices/system/cpu/online"));
+        let above = effective
+            .as_deref()
+            .map_or_else(online, read_cpus)
+            .unwrap_or_default();
+        // A partition takes its CPUs away from the groups above it.
+        let own = self.with_linux(|linux| linux.partition());
+        &above | &own.unwrap_or_default()
     }
 
     /// Another plan for the same VM.

@@ -29,7 +29,7 @@ pub(crate) mod tests;
 mod threads;
 mod words;
 
-pub(crate) use cgroup::{clear as clear_groups, name as group_name, read_cpus};
+pub(crate) use cgroup::{clear as clear_groups, name as group_name};
 pub(crate) use enforcer::Shared;
 
 pub use delegated::PartitionProperties;

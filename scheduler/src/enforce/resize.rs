@@ -1,14 +1,10 @@
 //! A VM whose vCPUs come and go while it runs.
 
-use std::path::Path;
-
 use super::{
-    Effect, Enforcer, Refused, Shared, ThreadRole,
-    cgroup::read_cpus,
-    delegated,
+    Effect, Enforcer, Refused, Shared, ThreadRole, delegated,
     enforcer::{apply, lock, settings, share_cookie},
 };
-use crate::{CpuSet, Host, SmtIsolation, Tid, VmPlan, reconcile::events::effective_cpus_file};
+use crate::{CpuSet, Host, SmtIsolation, Tid, VmPlan};
 
 impl Enforcer<'_> {
     /// Makes `plan` so, which has more vCPUs than the one before, or fewer. Threads of vCPUs that go have ended before; those of vCPUs
@@ -62,14 +58,7 @@ impl Enforcer<'_> {
     /// affinity of this process does not tell, since that is what its plan has made it.
     #[must_use]
     pub fn available(&self) -> CpuSet {
-        let place = self.shared.cpuset_place();
-        let effective = place.as_deref().and_then(effective_cpus_file);
-        let online = || read_cpus(Path::new("/sys/devices/system/cpu/online"));
-        let above = effective
-            .as_deref()
-            .map_or_else(online, read_cpus)
-            .unwrap_or_default();
-        &above | &self.shared.partition()
+        self.shared.available()
     }
 }
 

@@ -2,21 +2,20 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use super::{
-    events::{CpuEvents, FileEvents, cpuset_files, effective_cpus_file},
+    events::{CpuEvents, FileEvents, cpuset_files},
     remap::{Place, remap},
     truce::{CORRECTIONS, FIGHT, Truce},
 };
 use crate::{
     Claim, CpuSet, Effect, Enforcer, Host, LedgerState, ModeChange, ModeCheck, Outcome, Plan, Says,
     SchedMode, ThreadRole, Tid, VmPlan,
-    enforce::{Shared, read_cpus},
+    enforce::Shared,
     ledger::Entry,
     plan::plan,
     sys::{self, Attributes, StopSignal},
@@ -150,13 +149,12 @@ impl Reconciler {
             stop: Arc::clone(&stop),
             files,
             cpus: CpuEvents::new().ok(),
-            effective: group.as_deref().and_then(effective_cpus_file),
             available: CpuSet::new(),
             limited_to: None,
             planned: None,
             lost: Vec::new(),
         };
-        watcher.available = watcher.read_available();
+        watcher.available = watcher.shared.available();
         watcher.limited_to = Some(&watcher.shared.host().allowed)
             .filter(|allowed| !watcher.available.is_subset(allowed))
             .cloned();
@@ -205,7 +203,6 @@ struct Watcher {
     stop: Arc<StopSignal>,
     files: FileEvents,
     cpus: Option<CpuEvents>,
-    effective: Option<PathBuf>,
     /// CPUs that can be had at all.
     available: CpuSet,
     /// Those that this process was told to stay on when it was started, if there were others.
@@ -297,17 +294,6 @@ impl Watcher {
         true
     }
 
-    fn read_available(&self) -> CpuSet {
-        let online = || read_cpus(Path::new("/sys/devices/system/cpu/online"));
-        let above = self
-            .effective
-            .as_deref()
-            .map_or_else(online, read_cpus)
-            .unwrap_or_default();
-        // A partition takes its CPUs away from the groups above it.
-        &above | &self.shared.partition()
-    }
-
     /// Others may have changed our plan on making theirs. Is it another?
     fn read_plan(&mut self) -> bool {
         let Some(Ok(Some(plan))) = self.entry.as_ref().map(Entry::plan) else {
@@ -337,7 +323,7 @@ impl Watcher {
         else {
             return false;
         };
-        let available = self.read_available();
+        let available = self.shared.available();
         if (&available - &self.taken()).is_subset(&self.plan.pool) {
             return false;
         }
@@ -371,7 +357,7 @@ impl Watcher {
         {
             return;
         }
-        let available = self.read_available();
+        let available = self.shared.available();
         let moved_by_kernel = available != self.available;
         if moved_by_kernel {
             let before = std::mem::replace(&mut self.available, available.clone());
