@@ -95,9 +95,13 @@ impl Machine<'_> {
         }
 
         let mut silence = Silence::begin(&qemu, BOOT_PATIENCE);
+        let mut has_booted = false;
         let told = loop {
             match receiver.recv_timeout(Duration::from_millis(50)) {
-                Ok(Said::Alive) => silence = Silence::begin(&qemu, SILENCE),
+                Ok(Said::Alive) => {
+                    has_booted = true;
+                    silence = Silence::begin(&qemu, SILENCE);
+                }
                 Ok(said) => break said,
                 Err(_) if silence.is_too_long(&qemu) => {
                     qemu.end();
@@ -135,6 +139,14 @@ impl Machine<'_> {
             }
             // Said on the way, and no end.
             Said::Alive => Ok(None),
+            // A processor that the emulation has led astray resets the machine.
+            Said::Nothing(_) if has_booted => {
+                eprintln!(
+                    "lab: the emulated machine has reset itself; its console said last:\n{}",
+                    last_lines(&console, 15)
+                );
+                Ok(None)
+            }
             Said::Nothing(end) => Err(Error::new(format!(
                 "the lab's machine ended before the command did (QEMU {end}); its console said last:\n{}\n{}",
                 last_lines(&console, 15),
