@@ -7,7 +7,6 @@
 
 use std::{
     fs,
-    os::fd::AsRawFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -163,12 +162,11 @@ impl VirtioDevice for Walk {
 
 impl Handler for Walker {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        poll.add(self.queue.kick().as_raw_fd(), 0, EventSet::IN)
+        poll.add_bell(self.queue.kick(), 0)
             .map_err(DeviceError::host("cannot wait"))
     }
 
     fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), DeviceError> {
-        let _ = self.queue.kick().read();
         loop {
             while let Some(chain) = self.ring.pop_descriptor_chain(&self.memory) {
                 let head = chain.head_index();

@@ -14,6 +14,7 @@ use devices::virtio::{
     Activation, Buffers, DeviceError, DeviceKind, VirtQueue, VirtioDevice,
     net::{
         backend::{HEADER, Port, Received, Trouble},
+        counts::counters,
         filter::Filter,
         mac::MacAddr,
         receive::{Chains, Receiver},
@@ -175,7 +176,7 @@ fn main() {
     let gate = || RateLimiter::default().gate().expect("a timer");
     let transmit = {
         let (_guest, mut ring, queue, buffer) = queue();
-        let mut transmitter = Transmitter::new(queue, gate());
+        let mut transmitter = Transmitter::new(queue, gate(), counters(1).lane(0));
         let mut port = Null { frames: 0 };
         measure(
             &mut ring,
@@ -190,7 +191,9 @@ fn main() {
     let receive = {
         let (_guest, mut ring, queue, buffer) = queue();
         let filter = Arc::new(ArcSwap::from_pointee(Filter::open(MacAddr::default())));
-        let mut receiver = Receiver::new(queue, Chains::Any, HEADER + FRAME, gate(), filter);
+        let counts = counters(1).lane(0);
+        let mut receiver =
+            Receiver::new(queue, Chains::Any, HEADER + FRAME, gate(), filter, counts);
         let mut port = Null { frames: 0 };
         measure(
             &mut ring,

@@ -5,13 +5,14 @@
 //!
 //! | offset | bytes | |
 //! |---|---|---|
-//! | 0 | 1 | what has happened since this was last read: [`PCI_EVENT`], [`POWER_BUTTON_EVENT`], [`PROCESSOR_EVENT`] |
+//! | 0 | 1 | what has happened since this was last read: [`PCI_EVENT`], [`POWER_BUTTON_EVENT`], [`PROCESSOR_EVENT`], [`MODULE_EVENT`] |
 //! | 4 | 4 | PCI devices that have come since this was last read, one bit each |
 //! | 8 | 4 | PCI devices that are asked to go since this was last read |
 //! | 12 | 4 | written by the guest: the devices with these bits are ready to go |
 //!
 //! What is to be told is in the registers before the interrupt is raised, and a read takes it: nothing gets lost between. Which
-//! processors come and go is in [registers of their own](crate::processors).
+//! processors come and go, and which memory modules come, is in registers of their own: [`crate::processors`] and
+//! [`crate::modules`].
 
 use std::sync::{
     Arc,
@@ -39,6 +40,8 @@ pub const PCI_EVENT: u8 = 1 << 0;
 pub const POWER_BUTTON_EVENT: u8 = 1 << 1;
 /// In [`EVENTS`]: processors have come or are asked to go.
 pub const PROCESSOR_EVENT: u8 = 1 << 2;
+/// In [`EVENTS`]: memory modules have come.
+pub const MODULE_EVENT: u8 = 1 << 3;
 
 /// Takes devices out of the machine.
 pub trait Ejector: Send + Sync {
@@ -90,6 +93,11 @@ impl Hotplug {
     /// Tells the guest that there is something in the registers of [`crate::processors`].
     pub fn processors_changed(&self) {
         self.raise(PROCESSOR_EVENT);
+    }
+
+    /// Tells the guest that there is something in the registers of [`crate::modules`].
+    pub fn modules_changed(&self) {
+        self.raise(MODULE_EVENT);
     }
 
     /// Raises the interrupt again for what has not been read yet: one that came while nobody took interrupts is lost.

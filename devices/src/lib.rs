@@ -22,6 +22,7 @@ pub mod cmos;
 pub mod hotplug;
 pub mod i8042;
 pub mod ioapic;
+pub mod modules;
 pub mod pci;
 pub mod post;
 pub mod power;

@@ -778,3 +778,31 @@ fn a_disk_ends_with_a_whole_block() {
     let disk = disk_with(&image, ALL);
     assert_eq!(disk.guest.config(0, 8), 1u64.to_le_bytes());
 }
+
+#[test]
+fn what_was_read_and_written_is_counted() {
+    let (mut disk, _image) = disk();
+    let counted = |disk: &Disk| {
+        let counters = disk.guest.device.counters().expect("counters");
+        counters.counts()
+    };
+    assert_eq!(counted(&disk).len(), 4);
+    disk.write(0, &[1; 1024]);
+    disk.read(0, 512);
+    disk.read(1, 4096);
+    disk.flush();
+    let expected = [
+        ("read_bytes", 512 + 4096),
+        ("read_ops", 2),
+        ("write_bytes", 1024),
+        ("write_ops", 1),
+    ];
+    assert_eq!(counted(&disk), expected);
+    // What fails is not done.
+    let (status, ..) = disk.request(0, SECTORS, &[], 512);
+    assert_eq!(status, 1);
+    assert_eq!(counted(&disk), expected);
+    // A new driver is no new device.
+    disk.guest.device.reset();
+    assert_eq!(counted(&disk), expected);
+}

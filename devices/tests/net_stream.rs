@@ -11,6 +11,7 @@ use std::{
 };
 
 use devices::virtio::{
+    VirtioDevice,
     net::{
         Net, Settings,
         backend::HEADER,
@@ -564,4 +565,25 @@ fn passt_answers() {
     assert_eq!(answer[20..22], [0, 2], "an answer");
     assert_eq!(answer[28..32], [192, 0, 2, 2]);
     drop((station, uplink));
+}
+
+#[test]
+fn frames_both_ways_are_counted() {
+    let (mut station, mut peer) = station(0);
+    station.post_many(4, 2000);
+    station.send([0; HEADER], &frame(HOST, 100, 1));
+    from_wire(&mut peer);
+    for length in [60, 1000] {
+        peer.write_all(&on_wire(&frame(GUEST, length, 2)))
+            .expect("a peer");
+        station.receive();
+    }
+    let counters = station.guest.device.counters().expect("counters");
+    let expected = [
+        ("rx_bytes", 1060),
+        ("rx_frames", 2),
+        ("tx_bytes", 100),
+        ("tx_frames", 1),
+    ];
+    assert_eq!(counters.counts(), expected);
 }

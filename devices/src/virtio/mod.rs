@@ -16,6 +16,7 @@ pub mod balloon;
 pub mod block;
 mod chain;
 pub mod console;
+mod counters;
 pub mod mem;
 pub mod net;
 pub mod pci;
@@ -37,6 +38,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub(crate) use announcer::Announcer;
 pub use chain::{Buffers, Chain};
+pub use counters::{Counted, Counters, Lane};
 pub use queue::VirtQueue;
 pub use reclaim::{HostMemory, Reclaim};
 pub use worker::{Handler, Poll, Worker};
@@ -83,6 +85,11 @@ pub trait VirtioDevice: Send {
     /// What the device needs and does not get, from the driver or the host. The transport then tells the driver that the
     /// device needs a reset.
     fn activate(&mut self, driver: Activation) -> Result<(), DeviceError>;
+
+    /// What it counts of its work, if it does.
+    fn counters(&self) -> Option<Arc<dyn Counted>> {
+        None
+    }
 
     /// Ends everything that [`VirtioDevice::activate`] started: when this returns, nothing touches the guest's memory any
     /// more. Also called on a device that is not active.

@@ -33,6 +33,16 @@ impl Poll {
         self.0.ctl(ControlOperation::Add, fd, event)
     }
 
+    /// Waits for `bell`, which is written to when there is something to do: a queue's kick, for one. Each time is told once, also what
+    /// was before this call, so nobody reads it: a count is full after 2^64 - 2 times only.
+    ///
+    /// # Errors
+    /// What the kernel says, for instance when `bell` is waited for already.
+    pub fn add_bell(&self, bell: &EventFd, token: u64) -> io::Result<()> {
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.add(bell.as_raw_fd(), token, events)
+    }
+
     /// Waits for other events on `fd`; none is possible, too.
     ///
     /// # Errors

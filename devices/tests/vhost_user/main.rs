@@ -2,6 +2,7 @@
 
 mod back_end;
 mod blk;
+mod dpdk;
 mod echo;
 mod fs;
 mod net;

@@ -210,36 +210,21 @@ impl Handler for Collector {
         ];
         let kicks = queues
             .into_iter()
-            .filter_map(|(queue, token)| Some((queue?.kick().as_raw_fd(), token)));
-        for (fd, token) in kicks.chain([(self.shared.ask.as_raw_fd(), ASKED)]) {
-            poll.add(fd, token, EventSet::IN)
+            .filter_map(|(queue, token)| Some((queue?.kick(), token)));
+        for (kick, token) in kicks {
+            poll.add_bell(kick, token)
                 .map_err(DeviceError::host("cannot wait for the driver"))?;
         }
-        Ok(())
+        poll.add(self.shared.ask.as_raw_fd(), ASKED, EventSet::IN)
+            .map_err(DeviceError::host("cannot wait for questions"))
     }
 
     fn ready(&mut self, token: u64, _events: EventSet, _poll: &Poll) -> Result<(), DeviceError> {
         match token {
-            INFLATE => {
-                let _ = self.queues.inflate.kick().read();
-                self.serve(Purpose::Inflate)
-            }
-            DEFLATE => {
-                let _ = self.queues.deflate.kick().read();
-                self.serve(Purpose::Deflate)
-            }
-            STATISTICS => {
-                if let Some(queue) = &self.queues.statistics {
-                    let _ = queue.kick().read();
-                }
-                self.read_statistics()
-            }
-            REPORTS => {
-                if let Some(queue) = &self.queues.reports {
-                    let _ = queue.kick().read();
-                }
-                self.serve(Purpose::Report)
-            }
+            INFLATE => self.serve(Purpose::Inflate),
+            DEFLATE => self.serve(Purpose::Deflate),
+            STATISTICS => self.read_statistics(),
+            REPORTS => self.serve(Purpose::Report),
             _ => {
                 let _ = self.shared.ask.read();
                 self.ask()

@@ -31,8 +31,8 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::{
-    Activation, DeviceError, DeviceKind, Notify, VirtioDevice, Worker, rate_limiter::RateLimiter,
-    read_bytes,
+    Activation, Counted, Counters, DeviceError, DeviceKind, Notify, VirtioDevice, Worker,
+    rate_limiter::RateLimiter, read_bytes,
 };
 use backend::{Geometry, Image, Unmap};
 use queue::QueueHandler;
@@ -63,8 +63,17 @@ pub struct BlockConfig {
 pub struct Block {
     config: BlockConfig,
     disk: Arc<Disk>,
+    counters: Arc<BlockCounters>,
     workers: Vec<Worker<QueueHandler>>,
 }
+
+/// What a disk counts: of requests that were done, by the numbers below.
+type BlockCounters = Counters<4>;
+
+const READ_BYTES: usize = 0;
+const READ_OPS: usize = 1;
+const WRITE_BYTES: usize = 2;
+const WRITE_OPS: usize = 3;
 
 /// What the queues of a disk have in common.
 struct Disk {
@@ -108,7 +117,9 @@ impl Block {
                 config.name
             );
         }
+        let names = ["read_bytes", "read_ops", "write_bytes", "write_ops"];
         Ok(Self {
+            counters: Arc::new(Counters::new(names, config.queues.into())),
             config,
             disk: Arc::new(disk),
             workers: Vec::new(),
@@ -248,6 +259,7 @@ impl VirtioDevice for Block {
                 gate,
                 Arc::clone(&self.disk),
                 Rules::new(&self.disk, self.config.unmap, driver.features),
+                self.counters.lane(index.into()),
             );
             let worker = Worker::spawn(&name, handler, Arc::clone(&driver.notify))
                 .map_err(DeviceError::host("cannot start a thread"))?;
@@ -256,6 +268,10 @@ impl VirtioDevice for Block {
         self.workers = workers;
         self.disk.set_driver(Some(driver.notify));
         Ok(())
+    }
+
+    fn counters(&self) -> Option<Arc<dyn Counted>> {
+        Some(Arc::clone(&self.counters) as Arc<dyn Counted>)
     }
 
     fn reset(&mut self) {

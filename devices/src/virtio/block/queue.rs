@@ -15,12 +15,14 @@ use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    Disk,
+    Disk, READ_BYTES, READ_OPS, WRITE_BYTES, WRITE_OPS,
     backend::{Access, Action, Backend, Completion, Job, Unmap},
     bounce::{self, Bounce},
     request::{Request, Rules, Segment, Status},
 };
-use crate::virtio::{Buffers, Chain, DeviceError, Handler, Poll, VirtQueue, rate_limiter::Gate};
+use crate::virtio::{
+    Buffers, Chain, DeviceError, Handler, Lane, Poll, VirtQueue, rate_limiter::Gate,
+};
 
 /// The driver has kicked.
 const KICK: u64 = 0;
@@ -43,6 +45,7 @@ pub(super) struct QueueHandler {
     stopped: Option<u16>,
     disk: Arc<Disk>,
     rules: Rules,
+    counts: Arc<Lane<4>>,
     /// The last error of the host that was logged: a guest does not fill the log by asking again.
     logged: Option<io::ErrorKind>,
 }
@@ -54,6 +57,8 @@ struct Slot {
     front: Buffers,
     status: Buffers,
     request: Request,
+    /// What it costs, in bytes.
+    bytes: u64,
     /// What the answer says to be written.
     written: u32,
     stage: Stage,
@@ -96,6 +101,7 @@ impl QueueHandler {
         gate: Gate,
         disk: Arc<Disk>,
         rules: Rules,
+        counts: Arc<Lane<4>>,
     ) -> Self {
         let size = queue.ring().size();
         let slots = (0..size).map(|_| Slot::new(&queue)).collect();
@@ -110,6 +116,7 @@ impl QueueHandler {
             stopped: None,
             disk,
             rules,
+            counts,
             logged: None,
         }
     }
@@ -128,8 +135,7 @@ impl QueueHandler {
                 Stop::Later if done > 0 && !self.gate.is_closed() => {}
                 Stop::Later => return Ok(()),
                 Stop::Turn => {
-                    // An eventfd that is read again and again has room.
-                    let _ = self.queue.kick().write(1);
+                    self.queue.come_back();
                     return Ok(());
                 }
             }
@@ -163,7 +169,7 @@ impl QueueHandler {
 
     /// Begins a request, or has it wait for the rate to allow it.
     fn admit(&mut self, tag: u16) -> Result<(), DeviceError> {
-        let bytes = self.slots[usize::from(tag)].cost();
+        let bytes = self.slots[usize::from(tag)].bytes;
         let admitted = self
             .gate
             .admit(1, bytes)
@@ -391,6 +397,15 @@ impl QueueHandler {
     fn finish(&mut self, tag: u16, status: Status) -> Result<(), DeviceError> {
         let slot = &mut self.slots[usize::from(tag)];
         slot.status.write_at(0, &[status as u8]);
+        let counted = match slot.request {
+            Request::Read(_) => Some((READ_OPS, READ_BYTES)),
+            Request::Write(_) => Some((WRITE_OPS, WRITE_BYTES)),
+            _ => None,
+        };
+        if let (Status::Ok, Some((ops, bytes))) = (status, counted) {
+            self.counts.add(ops, 1);
+            self.counts.add(bytes, slot.bytes);
+        }
         let (head, written) = (slot.chain.head(), slot.written);
         self.free.push(tag);
         self.queue.push(head, written)
@@ -403,7 +418,8 @@ impl Handler for QueueHandler {
             poll.add(fd, token, EventSet::IN)
                 .map_err(DeviceError::host("cannot wait for events"))
         };
-        add(self.queue.kick().as_raw_fd(), KICK)?;
+        poll.add_bell(self.queue.kick(), KICK)
+            .map_err(DeviceError::host("cannot wait for the driver"))?;
         add(self.gate.as_raw_fd(), TIMER)?;
         self.backend
             .descriptor()
@@ -411,19 +427,13 @@ impl Handler for QueueHandler {
     }
 
     fn ready(&mut self, token: u64, _events: EventSet, _poll: &Poll) -> Result<(), DeviceError> {
-        match token {
-            KICK => {
-                let _ = self.queue.kick().read();
+        if token == TIMER {
+            self.gate
+                .reopen()
+                .map_err(DeviceError::host("cannot read a timer"))?;
+            if let Some(tag) = self.stopped.take() {
+                self.admit(tag)?;
             }
-            TIMER => {
-                self.gate
-                    .reopen()
-                    .map_err(DeviceError::host("cannot read a timer"))?;
-                if let Some(tag) = self.stopped.take() {
-                    self.admit(tag)?;
-                }
-            }
-            _ => {}
         }
         self.run()
     }
@@ -453,6 +463,7 @@ impl Slot {
             front: Buffers::default(),
             status: Buffers::default(),
             request: Request::Answered(Status::Failed),
+            bytes: 0,
             written: 0,
             stage: Stage::Flush,
             bounce: Bounce::default(),
@@ -463,16 +474,12 @@ impl Slot {
         // A chain has less than 2^32 bytes.
         self.written = u32::try_from(self.chain.writable.len()).unwrap_or(u32::MAX);
         self.request = Request::take(&mut self.chain, &mut self.front, &mut self.status, rules)?;
-        Ok(())
-    }
-
-    /// What the request costs in bytes.
-    fn cost(&self) -> u64 {
-        match self.request {
+        self.bytes = match self.request {
             Request::Read(_) => self.chain.writable.len() as u64,
             Request::Write(_) => self.chain.readable.len() as u64,
             _ => 0,
-        }
+        };
+        Ok(())
     }
 }
 

@@ -240,28 +240,17 @@ impl Port {
 
 impl Handler for Port {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        for (fd, token) in [
-            (self.receive.kick().as_raw_fd(), RECEIVE_KICK),
-            (self.transmit.kick().as_raw_fd(), TRANSMIT_KICK),
-            (self.look.as_raw_fd(), LOOK),
-        ] {
-            poll.add(fd, token, EventSet::IN)
-                .map_err(DeviceError::host("cannot wait for the driver"))?;
-        }
+        poll.add_bell(self.receive.kick(), RECEIVE_KICK)
+            .and_then(|()| poll.add_bell(self.transmit.kick(), TRANSMIT_KICK))
+            .and_then(|()| poll.add(self.look.as_raw_fd(), LOOK, EventSet::IN))
+            .map_err(DeviceError::host("cannot wait for the driver"))?;
         self.look(poll)
     }
 
     fn ready(&mut self, token: u64, _events: EventSet, poll: &Poll) -> Result<(), DeviceError> {
         match token {
-            RECEIVE_KICK => {
-                let _ = self.receive.kick().read();
-                self.receive(poll)
-            }
-            INPUT => self.receive(poll),
-            TRANSMIT_KICK => {
-                let _ = self.transmit.kick().read();
-                self.transmit(poll)
-            }
+            RECEIVE_KICK | INPUT => self.receive(poll),
+            TRANSMIT_KICK => self.transmit(poll),
             OUTPUT => {
                 self.flush(poll)?;
                 self.transmit(poll)

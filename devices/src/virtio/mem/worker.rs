@@ -1,6 +1,6 @@
 //! The device's thread: plugs and unplugs.
 
-use std::{io, os::fd::AsRawFd, sync::Arc};
+use std::{io, sync::Arc};
 
 use tracing::warn;
 use vmm_sys_util::epoll::EventSet;
@@ -128,12 +128,11 @@ impl Plugger {
 
 impl Handler for Plugger {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        poll.add(self.queue.kick().as_raw_fd(), 0, EventSet::IN)
+        poll.add_bell(self.queue.kick(), 0)
             .map_err(DeviceError::host("cannot wait for the driver"))
     }
 
     fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), DeviceError> {
-        let _ = self.queue.kick().read();
         self.serve()
     }
 }

@@ -1,6 +1,6 @@
 //! The control queue (virtio 1.3, section 5.1.6.5): what the driver asks of the device itself.
 
-use std::{io, os::fd::AsRawFd, sync::Arc};
+use std::{io, sync::Arc};
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC,
@@ -171,7 +171,7 @@ impl Handler for Control {
         let kick = self.queue.iter().map(|(queue, _)| (queue.kick(), KICK));
         let faults = self.faults.iter().map(|fault| (fault, FAULT));
         for (event, token) in kick.chain(faults) {
-            poll.add(event.as_raw_fd(), token, EventSet::IN)
+            poll.add_bell(event, token)
                 .map_err(DeviceError::host("cannot wait for the driver"))?;
         }
         Ok(())
@@ -184,7 +184,6 @@ impl Handler for Control {
         let Some((mut queue, mut chain)) = self.queue.take() else {
             return Ok(());
         };
-        let _ = queue.kick().read();
         // One command at a time: a driver waits for the answer before it asks for more.
         let found = queue.pop(&mut chain)?;
         if found {
@@ -201,8 +200,7 @@ impl Handler for Control {
             queue.signal()?;
         }
         if queue.enable_kicks()? {
-            // An eventfd that is full is readable, too.
-            let _ = queue.kick().write(1);
+            queue.come_back();
         }
         self.queue = Some((queue, chain));
         Ok(())

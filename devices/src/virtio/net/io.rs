@@ -40,10 +40,10 @@ pub(super) fn read(
         iov_len: spill.len(),
     });
     // SAFETY: the buffers are valid for as long as `buffers` is borrowed, `spill` is a slice, and there are few enough.
-    let count = unsafe { libc::readv(from.as_raw_fd(), list.as_ptr(), list.len() as libc::c_int) };
-    usize::try_from(count)
-        .map(|count| (count, direct))
-        .map_err(|_| io::Error::last_os_error())
+    let count = retry(|| unsafe {
+        libc::readv(from.as_raw_fd(), list.as_ptr(), list.len() as libc::c_int)
+    })?;
+    Ok((count, direct))
 }
 
 /// Writes `buffers` at once.
@@ -61,8 +61,7 @@ pub(super) fn write(to: BorrowedFd<'_>, buffers: &Buffers) -> io::Result<usize> 
         list = std::slice::from_ref(&one);
     }
     // SAFETY: the buffers, or their copy, are valid for the time of the call, and only read; there are few enough.
-    let count = unsafe { libc::writev(to.as_raw_fd(), list.as_ptr(), list.len() as libc::c_int) };
-    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    retry(|| unsafe { libc::writev(to.as_raw_fd(), list.as_ptr(), list.len() as libc::c_int) })
 }
 
 /// Sends `prefix` and then `buffers` without their first `skip` bytes through a stream socket, as much as there is room for.
@@ -100,8 +99,22 @@ pub(super) fn send(
     message.msg_iovlen = list.len();
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     // SAFETY: the message has a list of buffers that are valid for the time of the call, and only read.
-    let count = unsafe { libc::sendmsg(to.as_raw_fd(), &raw const message, flags) };
-    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    retry(|| unsafe { libc::sendmsg(to.as_raw_fd(), &raw const message, flags) })
+}
+
+/// Calls until no signal interrupts it. Whoever is told of data only when it comes must not take a signal for its end.
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(count) => return Ok(count),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
 }
 
 fn gather(buffers: &Buffers) -> Vec<u8> {

@@ -13,6 +13,7 @@
 
 pub mod backend;
 mod control;
+pub mod counts;
 pub mod features;
 pub mod filter;
 mod io;
@@ -45,7 +46,7 @@ use self::{
     vhost::Vhost,
 };
 use super::{
-    Activation, DeviceError, DeviceKind, Notify, VirtQueue, VirtioDevice, Worker,
+    Activation, Counted, DeviceError, DeviceKind, Notify, VirtQueue, VirtioDevice, Worker,
     rate_limiter::Limits, read_bytes,
 };
 
@@ -224,6 +225,10 @@ impl VirtioDevice for Net {
         started
     }
 
+    fn counters(&self) -> Option<Arc<dyn Counted>> {
+        self.datapath.counters()
+    }
+
     fn reset(&mut self) {
         // The control queue's thread first: it works on the others.
         self.control = None;
@@ -245,6 +250,11 @@ trait Datapath: Send {
 
     /// How many pairs of queues it has; not zero.
     fn pairs(&self) -> usize;
+
+    /// What it counts, if it does.
+    fn counters(&self) -> Option<Arc<dyn Counted>> {
+        None
+    }
 
     /// Moves frames, through the first pair to begin with.
     fn start(&mut self, start: Start<'_>) -> Result<Running, DeviceError>;

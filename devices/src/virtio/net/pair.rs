@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, RawFd},
+    os::fd::AsRawFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -175,7 +175,8 @@ impl Pair {
             self.transmit()?;
         }
         let hung_up = events.intersects(EventSet::ERROR | EventSet::HANG_UP);
-        if hung_up || events.contains(EventSet::IN) {
+        // Who waits for buffers or for the rate finds the frames when there are some.
+        if hung_up || (events.contains(EventSet::IN) && self.receiving == Waits::ForPort) {
             self.receive()?;
         }
         if hung_up && self.receiving == Waits::ForPort && self.shared.is_connected() {
@@ -189,13 +190,12 @@ impl Pair {
         self.shared.disconnect(&*self.notify);
     }
 
-    /// Polls the port for what there is a point in.
+    /// Polls the port: for frames always, each time that some come, so that it costs no system call to stop and to go on; for room
+    /// when it had none.
     fn look(&mut self, position: Position, poll: &Poll) -> Result<(), DeviceError> {
         let mut wanted = EventSet::empty();
         if position == Position::On && self.shared.is_connected() {
-            if self.receiving == Waits::ForPort {
-                wanted |= EventSet::IN;
-            }
+            wanted = EventSet::IN | EventSet::EDGE_TRIGGERED;
             if self.transmitting == Waits::ForPort || self.port.has_unsent() {
                 wanted |= EventSet::OUT;
             }
@@ -203,7 +203,6 @@ impl Pair {
         if wanted == self.polled {
             return Ok(());
         }
-        // A port that nothing is wanted of is not polled at all: that it hung up would be told again and again.
         let (port, token) = (self.port.descriptor(), Token::Port as u64);
         let polled = if self.polled.is_empty() {
             poll.add(port, token, wanted)
@@ -220,19 +219,22 @@ impl Pair {
 
 impl Handler for Pair {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        let waited_for: [(RawFd, Token); 5] = [
-            (self.receiver.queue().kick().as_raw_fd(), Token::ReceiveKick),
-            (
-                self.transmitter.queue().kick().as_raw_fd(),
-                Token::TransmitKick,
-            ),
-            (self.switch.bell.as_raw_fd(), Token::Bell),
+        let bells = [
+            (self.receiver.queue().kick(), Token::ReceiveKick),
+            (self.transmitter.queue().kick(), Token::TransmitKick),
+            (&self.switch.bell, Token::Bell),
+        ];
+        for (bell, token) in bells {
+            poll.add_bell(bell, token as u64)
+                .map_err(DeviceError::host("cannot wait for the driver"))?;
+        }
+        let gates = [
             (self.receiver.gate().as_raw_fd(), Token::ReceiveRate),
             (self.transmitter.gate().as_raw_fd(), Token::TransmitRate),
         ];
-        for (descriptor, token) in waited_for {
-            poll.add(descriptor, token as u64, EventSet::IN)
-                .map_err(DeviceError::host("cannot wait for the driver"))?;
+        for (gate, token) in gates {
+            poll.add(gate, token as u64, EventSet::IN)
+                .map_err(DeviceError::host("cannot wait for the rate limiter"))?;
         }
         // What has come before the thread was there is looked at first.
         self.switch.ring();
@@ -242,13 +244,7 @@ impl Handler for Pair {
     fn ready(&mut self, token: u64, events: EventSet, poll: &Poll) -> Result<(), DeviceError> {
         let switch = Arc::clone(&self.switch);
         let position = switch.lock();
-        if token == Token::ReceiveKick as u64 {
-            let _ = self.receiver.queue().kick().read();
-        } else if token == Token::TransmitKick as u64 {
-            let _ = self.transmitter.queue().kick().read();
-        } else if token == Token::Bell as u64 {
-            let _ = self.switch.bell.read();
-        } else if token == Token::ReceiveRate as u64 {
+        if token == Token::ReceiveRate as u64 {
             reopen(self.receiver.gate())?;
         } else if token == Token::TransmitRate as u64 {
             reopen(self.transmitter.gate())?;

@@ -12,6 +12,7 @@ use virtio_queue::QueueT;
 use super::{
     super::{Buffers, Chain, DeviceError, VirtQueue, rate_limiter::Gate},
     backend::{HEADER, NUM_BUFFERS, Port, Received, Trouble},
+    counts::{Counts, RX_BYTES, RX_FRAMES},
     filter::Filter,
 };
 
@@ -64,6 +65,7 @@ pub struct Receiver {
     /// A packet of so many bytes is in the room, but not yet let through by the gate.
     waiting: Option<usize>,
     filter: Arc<ArcSwap<Filter>>,
+    counts: Arc<Counts>,
 }
 
 impl Receiver {
@@ -76,6 +78,7 @@ impl Receiver {
         usual: usize,
         gate: Gate,
         filter: Arc<ArcSwap<Filter>>,
+        counts: Arc<Counts>,
     ) -> Self {
         Self {
             chain: queue.chain(),
@@ -88,6 +91,7 @@ impl Receiver {
             gate,
             waiting: None,
             filter,
+            counts,
         }
     }
 
@@ -211,6 +215,8 @@ impl Receiver {
         let count = self.answers.len() as u16;
         self.room.write_at(NUM_BUFFERS, &count.to_le_bytes());
         self.room.skip_front(taken);
+        self.counts.add(RX_FRAMES, 1);
+        self.counts.add(RX_BYTES, frame);
         self.queue.push_together(&self.answers)?;
         Ok(true)
     }

@@ -4,12 +4,13 @@ use std::{io, sync::Arc};
 
 use super::{
     super::{
-        DeviceError, Worker,
+        Counted, Counters, DeviceError, Worker,
         rate_limiter::{Limits, RateLimiter},
     },
     Datapath, Running, Settings, Start,
     backend::{Backend, Cable, Port},
     control::Pairs,
+    counts::counters,
     features,
     pair::{Pair, Position, Switch},
     receive::Receiver,
@@ -24,6 +25,7 @@ pub(super) struct Threads {
     /// The ports that no thread works on.
     ports: Vec<Option<Box<dyn Port>>>,
     workers: Vec<Worker<Pair>>,
+    counters: Arc<Counters<4>>,
 }
 
 impl Threads {
@@ -32,6 +34,7 @@ impl Threads {
             name: settings.name.clone(),
             limits: settings.limits,
             backend: cable.backend,
+            counters: Arc::new(counters(cable.ports.len())),
             ports: cable.ports.into_iter().map(Some).collect(),
             workers: Vec::new(),
         }
@@ -79,8 +82,9 @@ impl Datapath for Threads {
                 start.usual,
                 gate(&receiving)?,
                 Arc::clone(&start.shared.filter),
+                self.counters.lane(index),
             );
-            let transmitter = Transmitter::new(tx, gate(&sending)?);
+            let transmitter = Transmitter::new(tx, gate(&sending)?, self.counters.lane(index));
             let port = self
                 .ports
                 .get_mut(index)
@@ -106,6 +110,10 @@ impl Datapath for Threads {
             pairs: Arc::new(pairs),
             faults: Vec::new(),
         })
+    }
+
+    fn counters(&self) -> Option<Arc<dyn Counted>> {
+        Some(Arc::clone(&self.counters) as Arc<dyn Counted>)
     }
 
     fn stop(&mut self) {

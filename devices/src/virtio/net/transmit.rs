@@ -1,12 +1,13 @@
 //! Frames of the guest: from the buffers that the driver has made available into a port.
 
-use std::io;
+use std::{io, sync::Arc};
 
 use tracing::debug;
 
 use super::{
     super::{Chain, DeviceError, VirtQueue, rate_limiter::Gate},
     backend::{FRAME, HEADER, Port, Trouble},
+    counts::{Counts, TX_BYTES, TX_FRAMES},
 };
 
 /// How many frames are sent before other things get their turn.
@@ -41,17 +42,19 @@ pub struct Transmitter {
     chain: Chain,
     current: Current,
     gate: Gate,
+    counts: Arc<Counts>,
 }
 
 impl Transmitter {
     /// Sends what is in `queue`, at the rate that `gate` admits.
     #[must_use]
-    pub fn new(queue: VirtQueue, gate: Gate) -> Self {
+    pub fn new(queue: VirtQueue, gate: Gate, counts: Arc<Counts>) -> Self {
         Self {
             chain: queue.chain(),
             queue,
             current: Current::Sent,
             gate,
+            counts,
         }
     }
 
@@ -92,7 +95,10 @@ impl Transmitter {
                 }
                 self.current = Current::WaitsForRoom;
                 match port.send(&self.chain.readable) {
-                    Ok(()) => (),
+                    Ok(()) => {
+                        self.counts.add(TX_FRAMES, 1);
+                        self.counts.add(TX_BYTES, frame as u64);
+                    }
                     Err(Trouble::Later) => return Ok(Pause::NoRoom),
                     Err(Trouble::Frame(error)) => debug!("a frame is not sent: {error}"),
                     Err(Trouble::Gone(error)) => {

@@ -4,7 +4,7 @@
 //! configuration says. What is left for the device is `flush`: when it is answered, all that the guest had written before is on
 //! the host's disk. Requests that wait together share one `fdatasync`.
 
-use std::{fs::File, io, os::fd::AsRawFd};
+use std::{fs::File, io};
 
 use tracing::warn;
 use vmm_sys_util::epoll::EventSet;
@@ -165,12 +165,11 @@ fn answer(queue: &mut VirtQueue, chain: &Chain, result: [u8; 4]) -> Result<(), D
 
 impl Handler for Flusher {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        poll.add(self.queue.kick().as_raw_fd(), 0, EventSet::IN)
+        poll.add_bell(self.queue.kick(), 0)
             .map_err(DeviceError::host("cannot wait for the driver"))
     }
 
     fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), DeviceError> {
-        let _ = self.queue.kick().read();
         self.serve()
     }
 }

@@ -3,7 +3,6 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::fd::AsRawFd,
     path::Path,
 };
 
@@ -89,12 +88,11 @@ struct Filler {
 
 impl Handler for Filler {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        poll.add(self.queue.kick().as_raw_fd(), 0, EventSet::IN)
+        poll.add_bell(self.queue.kick(), 0)
             .map_err(DeviceError::host("cannot wait for the driver"))
     }
 
     fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), DeviceError> {
-        let _ = self.queue.kick().read();
         loop {
             while self.queue.pop(&mut self.chain)? {
                 let wanted = self.chain.writable.len().min(AT_ONCE);

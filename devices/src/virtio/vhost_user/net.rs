@@ -211,7 +211,6 @@ struct Control {
 
 impl Control {
     fn serve(&mut self, pairs: &mut u16) -> Result<(), DeviceError> {
-        let _ = self.queue.kick().read();
         loop {
             while self.queue.pop(&mut self.chain)? {
                 let answer = match self.asked_pairs() {

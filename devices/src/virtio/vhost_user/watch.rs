@@ -165,7 +165,7 @@ impl<R: Role> Watch<R> {
         self.listen(poll)?;
         // Kicks may have gone to the one before.
         for queue in &self.running.queues {
-            let _ = queue.kick().write(1);
+            queue.come_back();
         }
         Ok(())
     }
@@ -205,9 +205,10 @@ impl<R: Role> Watch<R> {
 impl<R: Role> Handler for Watch<R> {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
         let timer = poll.add(self.timer.as_raw_fd(), TIMER, EventSet::IN);
-        let own = self.role.own_queue().map_or(Ok(()), |queue| {
-            poll.add(queue.kick().as_raw_fd(), OWN, EventSet::IN)
-        });
+        let own = self
+            .role
+            .own_queue()
+            .map_or(Ok(()), |queue| poll.add_bell(queue.kick(), OWN));
         timer
             .and(own)
             .map_err(DeviceError::host("cannot wait for the driver"))?;

@@ -162,15 +162,20 @@ impl Switch {
 
 impl Handler for Switch {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
+        for (queue, token) in [
+            (&self.receive, RECEIVE_KICK),
+            (&self.transmit, TRANSMIT_KICK),
+            (&self.events, EVENT_KICK),
+        ] {
+            poll.add_bell(queue.kick(), token)
+                .map_err(DeviceError::host("cannot wait for the driver"))?;
+        }
         for (fd, token) in [
-            (self.receive.kick().as_raw_fd(), RECEIVE_KICK),
-            (self.transmit.kick().as_raw_fd(), TRANSMIT_KICK),
-            (self.events.kick().as_raw_fd(), EVENT_KICK),
             (self.clock.as_raw_fd(), TICK),
             (self.void.as_raw_fd(), TRANSPORT_RESET),
         ] {
             poll.add(fd, token, EventSet::IN)
-                .map_err(DeviceError::host("cannot wait for the driver"))?;
+                .map_err(DeviceError::host("cannot wait for events"))?;
         }
         self.mux.listen(poll)
     }
@@ -178,19 +183,12 @@ impl Handler for Switch {
     fn ready(&mut self, token: u64, events: EventSet, poll: &Poll) -> Result<(), DeviceError> {
         match token {
             RECEIVE_KICK => {
-                let _ = self.receive.kick().read();
                 self.receive(poll)?;
                 // It may have been held up by answers that were not taken.
                 self.transmit(poll)?;
             }
-            TRANSMIT_KICK => {
-                let _ = self.transmit.kick().read();
-                self.transmit(poll)?;
-            }
-            EVENT_KICK => {
-                let _ = self.events.kick().read();
-                self.announce()?;
-            }
+            TRANSMIT_KICK => self.transmit(poll)?,
+            EVENT_KICK => self.announce()?,
             CLIENTS => self.mux.accept(poll)?,
             TICK => {
                 self.clock_runs = false;

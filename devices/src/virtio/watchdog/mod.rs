@@ -137,7 +137,7 @@ impl Guard {
 
 impl Handler for Guard {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        poll.add(self.queue.kick().as_raw_fd(), KICK, EventSet::IN)
+        poll.add_bell(self.queue.kick(), KICK)
             .and_then(|()| poll.add(self.timer.as_raw_fd(), EXPIRED, EventSet::IN))
             .map_err(DeviceError::host("cannot wait for the driver"))
     }
@@ -146,7 +146,6 @@ impl Handler for Guard {
         if token == EXPIRED {
             return self.expire();
         }
-        let _ = self.queue.kick().read();
         self.answer()
     }
 }

@@ -1,7 +1,13 @@
 //! Jobs on a raw image by io_uring: one system call starts all that a driver has made available, and what the page cache
 //! has is done when it returns.
+//!
+//! Writes into the page cache are the exception. On most file systems the kernel hands each of those to a thread of its own,
+//! which takes longer than the write; so they are done [at once](at_once), for as long as the host does not make them wait.
+
+mod at_once;
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsRawFd, RawFd},
     sync::Arc,
@@ -9,8 +15,9 @@ use std::{
 
 use io_uring::{IoUring, Probe, opcode, squeue::Entry, types};
 
-use super::{Action, Backend, Completion, Job, MOST_VECTORS};
-use crate::virtio::block::image::RawFile;
+use super::{Action, Backend, Blocking, Completion, Job, MOST_VECTORS};
+use crate::virtio::block::image::{Cache, RawFile};
+use at_once::AtOnce;
 
 /// What must be there; all of it is since Linux 5.6.
 const NEEDED: [u8; 4] = [
@@ -28,14 +35,17 @@ pub(in super::super) struct Uring {
     file: Arc<RawFile>,
     /// Discards in flight by tag, as offset and length.
     discards: Vec<Option<(u64, u64)>>,
+    at_once: AtOnce,
+    /// What was done at once.
+    done: VecDeque<Completion>,
 }
 
 impl Uring {
-    /// A ring for at most `depth` jobs at a time on `file`.
+    /// A ring for at most `depth` jobs at a time on `file`, which was opened for `cache`.
     ///
     /// # Errors
     /// When the kernel has no io_uring, forbids it, or has too old a one.
-    pub(in super::super) fn new(file: &Arc<RawFile>, depth: u16) -> io::Result<Self> {
+    pub(in super::super) fn new(file: &Arc<RawFile>, cache: Cache, depth: u16) -> io::Result<Self> {
         let ring = IoUring::new(depth.into())?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
@@ -46,12 +56,24 @@ impl Uring {
             ring,
             file: Arc::clone(file),
             discards: vec![None; depth.into()],
+            at_once: AtOnce::new(cache),
+            done: VecDeque::with_capacity(depth.into()),
         })
     }
 }
 
 impl Backend for Uring {
     unsafe fn submit(&mut self, job: Job<'_>) -> io::Result<()> {
+        if self.at_once.takes(&job) {
+            let file = &self.file;
+            // SAFETY: the caller vouches for the vectors and buffers.
+            let result = self.at_once.time(|| unsafe { file.run(&job) });
+            self.done.push_back(Completion {
+                tag: job.tag,
+                result,
+            });
+            return Ok(());
+        }
         let file = types::Fd(self.file.as_raw_fd());
         let (vectors, count) = (
             job.vectors.as_ptr(),
@@ -110,6 +132,9 @@ impl Backend for Uring {
     }
 
     fn completed(&mut self) -> Option<Completion> {
+        if let Some(done) = self.done.pop_front() {
+            return Some(done);
+        }
         let entry = self.ring.completion().next()?;
         let tag = entry.user_data() as u16;
         let mut result = usize::try_from(entry.result())
@@ -129,6 +154,9 @@ impl Backend for Uring {
     }
 
     fn wait(&mut self) -> io::Result<()> {
+        if !self.done.is_empty() {
+            return Ok(());
+        }
         loop {
             match self.ring.submit_and_wait(1) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

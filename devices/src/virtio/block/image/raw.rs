@@ -41,6 +41,7 @@ pub(crate) struct RawImage {
     access: Access,
     geometry: Geometry,
     engine: Engine,
+    cache: Cache,
 }
 
 impl RawImage {
@@ -66,6 +67,7 @@ impl RawImage {
             access,
             geometry,
             engine,
+            cache,
         })
     }
 }
@@ -92,7 +94,7 @@ impl Image for RawImage {
 
     fn backend(&self, name: &str, depth: u16) -> io::Result<Box<dyn Backend>> {
         if self.engine == Engine::Best {
-            match Uring::new(&self.file, depth) {
+            match Uring::new(&self.file, self.cache, depth) {
                 Ok(ring) => return Ok(Box::new(ring)),
                 Err(error) => debug!("{name}: no io_uring ({error}): threads in its place"),
             }

@@ -120,6 +120,7 @@ impl StreamPort {
                 self.end += count;
                 Ok(())
             }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
             Err(error) => Err(trouble(error)),
         }
     }
@@ -188,6 +189,7 @@ impl Port for StreamPort {
         while !self.output.is_empty() {
             match self.socket.write(&self.output) {
                 Ok(count) => drop(self.output.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(trouble(error)),
             }
         }
@@ -197,7 +199,7 @@ impl Port for StreamPort {
 
 fn trouble(error: io::Error) -> Trouble {
     match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Trouble::Later,
+        io::ErrorKind::WouldBlock => Trouble::Later,
         _ => Trouble::Gone(error),
     }
 }

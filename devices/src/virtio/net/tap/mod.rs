@@ -432,7 +432,7 @@ fn attach(file: &File, name: &str, queues: usize) -> io::Result<String> {
 
 fn trouble(error: io::Error) -> Trouble {
     match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EINTR) => Trouble::Later,
+        Some(libc::EAGAIN) => Trouble::Later,
         // The interface was deleted, or the queue is not attached.
         Some(libc::EBADFD | libc::ENODEV) => Trouble::Gone(error),
         _ => Trouble::Frame(error),
