@@ -55,7 +55,7 @@ pub(crate) struct Run {
         long,
         value_name = "OPTIONS",
         default_value = "size=512M",
-        help = "Guest memory: size=SIZE[,shared=on|off][,hugepages=on|off][,hotplug_method=virtio-mem,hotplug_size=SIZE[,hotplugged_size=SIZE]], sizes as 512M or 2G"
+        help = "Guest memory: size=SIZE[,shared=on|off][,hugepages=on|off][,hotplug_size=SIZE[,hotplug_method=acpi|virtio-mem][,hotplugged_size=SIZE]], sizes as 512M or 2G"
     )]
     memory: MemoryConfig,
     /// Serial port: tty, file=PATH, pty, off (none at all) or null (one that prints nowhere)

@@ -52,6 +52,13 @@ fn a_disk_comes_and_goes_and_comes_again() {
         vmm.guest_runs("echo 3 > /proc/sys/vm/drop_caches");
         let sum = vmm.guest_runs("sha256sum /dev/vda | cut -c1-64");
         assert_eq!(sum, image.checksum(), "{}", vmm.printed());
+        let (_, counters) = api.ask("GET", "vm.counters", &Value::Null);
+        let counted = &counters["data"];
+        assert!(
+            counted["read_bytes"].as_u64() >= Some(1 << 20),
+            "{counters}"
+        );
+        assert_eq!(counted["write_bytes"], 1 << 20, "{counters}");
         let (status, why) = api.ask("PUT", "vm.add-disk", &disk);
         assert_eq!(status, 409, "{why}");
 

@@ -182,3 +182,47 @@ fn memory_comes_and_goes() {
     vmm.guest_runs("true");
     power_off(vmm);
 }
+
+#[test]
+fn memory_modules_come_and_stay() {
+    require!(child::bootable());
+    let api = Api::new("hotplug-modules");
+    let mut vmm = Vmm::boot_with_drivers(&[
+        "--api-socket",
+        &api.option(),
+        "--memory",
+        "size=256M,hotplug_size=1G",
+    ]);
+    let online = "echo online >/sys/devices/system/memory/auto_online_blocks";
+    let total = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+    vmm.guest_runs(online);
+    let at_start: u64 = vmm.guest_runs(total).parse().expect("a number");
+    let has = |mib: u64| format!("[ $({total}) -ge {} ]", at_start + (mib << 10) - 4096);
+    for (mib, more) in [(384, 128), (640, 384)] {
+        api.put("vm.resize", &json!({ "desired_ram": mib * MIB }));
+        assert_eq!(api.info()["memory_actual_size"], mib * MIB);
+        wait_until(&mut vmm, &has(more));
+    }
+    let before = resident(&vmm);
+    vmm.guest_runs("mkdir /more && mount -t tmpfs -o size=400m tmpfs /more");
+    vmm.guest_runs("dd if=/dev/urandom of=/part bs=1M count=1 2>/dev/null");
+    let parts = "(for i in $(seq 300); do cat /part; done)";
+    vmm.guest_runs(&format!("{parts} >/more/data"));
+    let sum = vmm.guest_runs("md5sum </more/data");
+    assert_eq!(sum, vmm.guest_runs(&format!("{parts} | md5sum")));
+    let full = resident(&vmm);
+    assert!(full > before + 200 * MIB, "{before} bytes, then {full}");
+
+    let (status, why) = api.ask("PUT", "vm.resize", &json!({ "desired_ram": 256 * MIB }));
+    assert_eq!(status, 501, "{why}");
+    let (status, why) = api.ask("PUT", "vm.resize", &json!({ "desired_ram": 1408 * MIB }));
+    assert_eq!(status, 400, "{why}");
+
+    api.put("vm.reboot", &Value::Null);
+    vmm.wait_for_init();
+    assert_eq!(api.info()["memory_actual_size"], 640 * MIB);
+    // What is there when the guest starts is offline until somebody says so.
+    vmm.guest_runs("for block in /sys/devices/system/memory/memory*; do echo online >$block/state; done 2>/dev/null; true");
+    wait_until(&mut vmm, &has(384));
+    power_off(vmm);
+}

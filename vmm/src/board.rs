@@ -14,6 +14,7 @@ use devices::{
     hotplug::Hotplug,
     i8042::I8042,
     ioapic::Ioapic,
+    modules::Modules,
     pci::{ConfigPorts, Ecam, HostBridge, PciBus, PciError, Slot, Window},
     post::PostPort,
     power::{AcpiPower, PowerRequest, PowerSwitch},
@@ -24,10 +25,11 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    config::VmConfig,
+    config::{HotplugMethod, VmConfig},
     hvc::Hvc,
     interrupts::{PinRoutes, Routes},
     layout::{self, MemoryLayout},
+    modules::{ModuleArea, ModuleError},
     partition::{Partition, PartitionError},
     peripherals::{self, PeripheralError, Plug},
 };
@@ -47,6 +49,9 @@ pub enum BoardError {
     /// A device on the PCI bus.
     #[error(transparent)]
     Peripheral(#[from] PeripheralError),
+    /// Memory that the guest is to begin with in modules.
+    #[error("memory")]
+    Module(#[from] ModuleError),
     /// The host has no more of something a device needs.
     #[error("cannot create the {device}")]
     Host {
@@ -83,6 +88,7 @@ pub struct Board {
 struct Told {
     hotplug: Arc<Hotplug>,
     processors: Arc<Processors>,
+    modules: Option<ModuleArea>,
 }
 
 impl Board {
@@ -165,12 +171,11 @@ impl Board {
             "acpi-power",
             acpi,
         )?;
-        let config = Arc::new(ConfigPorts::new(pci));
         ports.insert(
             layout::PCI_CONFIG_PORT,
             layout::PCI_CONFIG_PORTS,
             "pci-config",
-            config,
+            Arc::new(ConfigPorts::new(pci)),
         )?;
 
         let mut serial = None;
@@ -213,9 +218,30 @@ impl Board {
                 "processors",
                 Arc::clone(&processors) as _,
             )?;
+            let mut modules = None;
+            if let Some(range) = layout.hotplug
+                && config.memory.hotplug_method == HotplugMethod::Acpi
+            {
+                let registers = Arc::new(Modules::new(Arc::clone(&device)));
+                let area = ModuleArea::new(
+                    partition,
+                    &config.memory,
+                    memory,
+                    range,
+                    Arc::clone(&registers),
+                )?;
+                ports.insert(
+                    layout::MODULES_PORT,
+                    layout::MODULES_PORTS,
+                    "memory-modules",
+                    registers,
+                )?;
+                modules = Some(area);
+            }
             told = Some(Told {
                 hotplug: device,
                 processors,
+                modules,
             });
         }
         Ok(Self {
@@ -263,6 +289,11 @@ impl Board {
     #[must_use]
     pub fn processors(&self) -> Option<&Processors> {
         self.events.as_ref().map(|told| told.processors.as_ref())
+    }
+
+    /// Where memory modules come, if they can.
+    pub(crate) fn modules(&self) -> Option<&ModuleArea> {
+        self.events.as_ref()?.modules.as_ref()
     }
 
     /// Accesses that no device claimed, on ports and in memory.

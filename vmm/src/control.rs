@@ -147,6 +147,8 @@ pub fn run(
     let (_server, requests) = socket.map(Server::start).transpose()?.unzip();
     let events = match socket {
         Some(_) => Events::On,
+        // The guest finds its memory modules by the events' registers.
+        None if config.memory.modules() > 0 => Events::On,
         None => Events::Off,
     };
     let mut announcement = Some(announcement);

@@ -6,7 +6,7 @@
 //! 0x0010_0000  RAM: kernel, initramfs
 //! 0xc000_0000  hole: 32-bit PCI window, ECAM, IOAPIC, LAPIC        (3 GiB)
 //! 0x1_0000_0000 RAM: what did not fit below the hole               (4 GiB)
-//!   above that: memory that comes and goes, and behind it memory that belongs to devices, each from a multiple of 2 GiB on
+//!   above that: memory that comes (and goes), and behind it memory that belongs to devices, each from a multiple of 2 GiB on
 //! ```
 //!
 //! The addresses below 1 MiB are RAM that the memory map calls reserved, not a hole: kernels search this range for
@@ -96,6 +96,10 @@ pub const HOTPLUG_PORTS: u64 = devices::hotplug::LENGTH;
 pub const PROCESSORS_PORT: u64 = 0x680;
 /// Ports of these.
 pub const PROCESSORS_PORTS: u64 = devices::processors::LENGTH;
+/// Registers of the memory modules that come.
+pub const MODULES_PORT: u64 = 0x700;
+/// Ports of these.
+pub const MODULES_PORTS: u64 = devices::modules::LENGTH;
 /// IOAPIC pin (and GSI) of the Generic Event Device.
 pub const HOTPLUG_PIN: u32 = 5;
 /// Address and data register of PCI configuration mechanism #1.

@@ -23,6 +23,7 @@ mod interrupts;
 pub mod layout;
 pub mod memory;
 pub mod metrics;
+pub mod modules;
 
 pub mod partition;
 pub mod peripherals;

@@ -186,6 +186,17 @@ impl Piece {
         })
     }
 
+    /// `length` bytes of it, `offset` bytes behind its start, if it has so many.
+    #[must_use]
+    pub fn part(self, offset: u64, length: u64) -> Option<Self> {
+        let end = offset.checked_add(length)?;
+        (end <= self.length).then_some(Self {
+            gpa: self.gpa + offset,
+            host: self.host + offset,
+            length,
+        })
+    }
+
     /// Where the guest has it.
     #[must_use]
     pub fn gpa(self) -> u64 {

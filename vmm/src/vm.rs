@@ -11,7 +11,7 @@ use crate::{
     acpi::{self, AcpiConfig, AcpiError},
     board::{Board, BoardError, Events},
     boot::{self, BootError},
-    config::{SerialMode, VmConfig},
+    config::{HotplugMethod, SerialMode, VmConfig},
     console::Console,
     hvc::Hvc,
     layout::{self, LayoutError},
@@ -139,6 +139,8 @@ impl Vm {
             present: config.cpus.boot_vcpus as usize,
             serial,
             hotplug: events == Events::On,
+            modules: layout.hotplug.is_some()
+                && config.memory.hotplug_method == HotplugMethod::Acpi,
         })?;
         let machine = boot::Machine {
             memory_map: layout::memory_map(config.memory.size)?,

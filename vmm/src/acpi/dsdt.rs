@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use devices::power;
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug, processors};
+use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug, modules, processors};
 use crate::layout;
 
 /// The most processors that have a name: `C` and three hexadecimal digits.
@@ -29,8 +29,11 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Sdt {
     if config.serial {
         com1(&mut aml);
     }
+    if config.hotplug && config.modules {
+        modules::describe(&mut aml);
+    }
     if config.hotplug {
-        hotplug::describe(&mut aml);
+        hotplug::describe(config.modules, &mut aml);
     }
     let mut dsdt = Sdt::new(*b"DSDT", 36, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     dsdt.append_slice(&aml);

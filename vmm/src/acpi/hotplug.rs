@@ -4,7 +4,8 @@
 //! ```text
 //! interrupt ─▶ GED._EVT ─▶ PCI0.PCNT ─▶ Notify (Sxx, device check or eject request)
 //!                      ├─▶ Notify (PWRB, pressed)
-//!                      └─▶ PRHP.PRNT, see [`processors`](super::processors)
+//!                      ├─▶ PRHP.PRNT, see [`processors`](super::processors)
+//!                      └─▶ MEMH.MMNT, see [`modules`](super::modules)
 //! the guest lets go ─▶ Sxx._EJ0 ─▶ HPLG.PCEJ ─▶ the eject register
 //! ```
 
@@ -16,6 +17,7 @@ use acpi_tables::aml::{
 };
 use devices::{hotplug, pci};
 
+use super::Body;
 use crate::layout;
 
 /// ACPI 6.5, table 5.187: the device has come; the device is asked to go. Table 5.190: the button was pressed.
@@ -32,12 +34,12 @@ fn slot_name(slot: u8) -> Path {
     Path::new(&format!("S{slot:03X}"))
 }
 
-/// All of it, to go behind `\_SB.PCI0`.
-pub(super) fn describe(aml: &mut Vec<u8>) {
+/// All of it, to go behind `\_SB.PCI0`, and with `modules` behind [`super::modules`].
+pub(super) fn describe(modules: bool, aml: &mut Vec<u8>) {
     registers(aml);
     power_button(aml);
     pci_slots(aml);
-    event_device(aml);
+    event_device(modules, aml);
 }
 
 fn registers(aml: &mut Vec<u8>) {
@@ -132,25 +134,16 @@ fn pci_slots(aml: &mut Vec<u8>) {
         );
     }
     // PCNF(devices, what): tells each of them.
-    let masks: Vec<u32> = slots().map(|slot| 1 << slot).collect();
-    let names: Vec<Path> = slots().map(slot_name).collect();
-    let chosen: Vec<And> = masks
-        .iter()
-        .map(|mask| And::new(&ZERO, &Arg(0), mask))
-        .collect();
-    let told: Vec<Notify> = names
-        .iter()
-        .map(|name| Notify::new(name, &Arg(1)))
-        .collect();
-    let cases: Vec<If> = chosen
-        .iter()
-        .zip(&told)
-        .map(|(chosen, told)| If::new(chosen, vec![told]))
-        .collect();
-    let cases = cases.iter().map(|case| case as &dyn Aml).collect();
+    let mut cases = Body::default();
+    for slot in slots() {
+        cases.add(&If::new(
+            &And::new(&ZERO, &Arg(0), &(1u32 << slot)),
+            vec![&Notify::new(&slot_name(slot), &Arg(1))],
+        ));
+    }
     in_scope(
         "_SB_.PCI0",
-        &Method::new(Path::new("PCNF"), 2, true, cases),
+        &Method::new(Path::new("PCNF"), 2, true, vec![&cases]),
         aml,
     );
     in_scope(
@@ -170,7 +163,23 @@ fn pci_slots(aml: &mut Vec<u8>) {
     );
 }
 
-fn event_device(aml: &mut Vec<u8>) {
+fn event_device(modules: bool, aml: &mut Vec<u8>) {
+    let mut handler = Body::default();
+    handler.add(&Store::new(&Local(0), &Path::new("\\_SB_.HPLG.EVNT")));
+    let mut on = |event: u8, what: &dyn Aml| {
+        handler.add(&If::new(&And::new(&ZERO, &Local(0), &event), vec![what]));
+    };
+    let call = |method: &str| MethodCall::new(Path::new(method), vec![]);
+    on(hotplug::PCI_EVENT, &call("\\_SB_.PCI0.PCNT"));
+    let button = Path::new("\\_SB_.PWRB");
+    on(
+        hotplug::POWER_BUTTON_EVENT,
+        &Notify::new(&button, &BUTTON_PRESSED),
+    );
+    on(hotplug::PROCESSOR_EVENT, &call("\\_SB_.PRHP.PRNT"));
+    if modules {
+        on(hotplug::MODULE_EVENT, &call("\\_SB_.MEMH.MMNT"));
+    }
     in_scope(
         "_SB_",
         &Device::new(
@@ -188,26 +197,7 @@ fn event_device(aml: &mut Vec<u8>) {
                         layout::HOTPLUG_PIN,
                     )]),
                 ),
-                &Method::new(
-                    Path::new("_EVT"),
-                    1,
-                    true,
-                    vec![
-                        &Store::new(&Local(0), &Path::new("\\_SB_.HPLG.EVNT")),
-                        &If::new(
-                            &And::new(&ZERO, &Local(0), &hotplug::PCI_EVENT),
-                            vec![&MethodCall::new(Path::new("\\_SB_.PCI0.PCNT"), vec![])],
-                        ),
-                        &If::new(
-                            &And::new(&ZERO, &Local(0), &hotplug::POWER_BUTTON_EVENT),
-                            vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED)],
-                        ),
-                        &If::new(
-                            &And::new(&ZERO, &Local(0), &hotplug::PROCESSOR_EVENT),
-                            vec![&MethodCall::new(Path::new("\\_SB_.PRHP.PRNT"), vec![])],
-                        ),
-                    ],
-                ),
+                &Method::new(Path::new("_EVT"), 1, true, vec![&handler]),
             ],
         ),
         aml,

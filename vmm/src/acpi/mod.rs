@@ -6,15 +6,16 @@
 
 mod dsdt;
 mod hotplug;
+mod modules;
 mod processors;
 mod tables;
 
 #[cfg(test)]
 mod tests;
 
-use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
 use thiserror::Error;
 
 use crate::layout;
@@ -34,6 +35,8 @@ pub struct AcpiConfig<'a> {
     pub serial: bool,
     /// Whether there are events: devices that come and go, and a power button.
     pub hotplug: bool,
+    /// Whether memory modules can come, by those events.
+    pub modules: bool,
 }
 
 /// The tables, ready to be written to guest memory in one piece.
@@ -112,6 +115,22 @@ impl Image {
         self.bytes.resize(offset, 0);
         self.bytes.extend_from_slice(table);
         self.base + offset as u64
+    }
+}
+
+/// A method's body, put together piece by piece.
+#[derive(Default)]
+struct Body(Vec<u8>);
+
+impl Body {
+    fn add(&mut self, piece: &dyn Aml) {
+        piece.to_aml_bytes(&mut self.0);
+    }
+}
+
+impl Aml for Body {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
     }
 }
 

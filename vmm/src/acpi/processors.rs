@@ -12,10 +12,10 @@ use acpi_tables::aml::{
     FieldLockRule, FieldUpdateRule, IO, If, Local, Method, MethodCall, Name, Notify, OpRegion,
     OpRegionSpace, Or, Path, ResourceTemplate, Return, ShiftLeft, Store, ZERO,
 };
-use acpi_tables::{Aml, AmlSink};
 use devices::processors::{ANSWER, ARRIVED, EJECT, LEAVING, PER_WORD, PRESENT};
 
 use super::{
+    Body,
     dsdt::processor_name,
     hotplug::{DEVICE_CHECK, EJECT_REQUEST, in_scope},
     tables::{MADT_ENABLED, local_apic},
@@ -157,29 +157,18 @@ fn processor(uid: u32, apic_id: u32, aml: &mut Vec<u8>) {
     );
 }
 
-/// A method's body, put together piece by piece.
-#[derive(Default)]
-struct Body(Vec<u8>);
-
-impl Aml for Body {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        sink.vec(&self.0);
-    }
-}
-
 /// PRNx(processors, what): tells each processor of word x.
 fn notify(word: usize, count: usize, aml: &mut Vec<u8>) {
     let first = word as u32 * PER_WORD;
     let mut body = Body::default();
     for uid in (first..count as u32).take(PER_WORD as usize) {
-        If::new(
+        body.add(&If::new(
             &And::new(&ZERO, &Arg(0), &(1u32 << (uid - first))),
             vec![&Notify::new(
                 &Path::new(&format!("\\_SB_.C{uid:03X}")),
                 &Arg(1),
             )],
-        )
-        .to_aml_bytes(&mut body.0);
+        ));
     }
     let name = Path::new(&word_name('N', word));
     in_scope("_SB_.PRHP", &Method::new(name, 2, true, vec![&body]), aml);
@@ -190,9 +179,9 @@ fn notify_all(words: usize, aml: &mut Vec<u8>) {
     let mut body = Body::default();
     for (kind, what) in [('L', EJECT_REQUEST), ('A', DEVICE_CHECK)] {
         for word in 0..words {
-            Store::new(&Local(0), &Path::new(&word_name(kind, word))).to_aml_bytes(&mut body.0);
+            body.add(&Store::new(&Local(0), &Path::new(&word_name(kind, word))));
             let tell = MethodCall::new(Path::new(&word_name('N', word)), vec![&Local(0), &what]);
-            If::new(&Local(0), vec![&tell]).to_aml_bytes(&mut body.0);
+            body.add(&If::new(&Local(0), vec![&tell]));
         }
     }
     let name = Path::new("PRNT");

@@ -63,6 +63,7 @@ fn built(cpus: u32) -> AcpiTables {
         present: cpus as usize,
         serial: true,
         hotplug: cpus <= 256,
+        modules: false,
     })
     .unwrap()
 }
@@ -144,6 +145,7 @@ fn sparse_apic_ids_keep_their_processors() {
             present: 3,
             serial: false,
             hotplug: false,
+            modules: false,
         })
         .unwrap(),
     )
@@ -190,6 +192,7 @@ fn the_dsdt_has_what_the_machine_has() {
             present: 1,
             serial: false,
             hotplug: false,
+            modules: false,
         })
         .unwrap(),
     )
@@ -206,6 +209,7 @@ fn growing(hotplug: bool) -> Found {
         present: 2,
         serial: false,
         hotplug,
+        modules: false,
     });
     find(&tables.unwrap())
 }
@@ -254,6 +258,7 @@ fn most_processors_that_can_come_fit() {
             present: 1,
             serial: true,
             hotplug: true,
+            modules: false,
         })
     };
     assert!(tables(256).unwrap().bytes.len() < layout::ACPI_TABLES_CAPACITY);
@@ -269,6 +274,7 @@ fn too_many_processors_are_refused() {
             present: 1,
             serial: true,
             hotplug: false,
+            modules: false,
         })
         .unwrap_err();
         assert_eq!(
@@ -279,4 +285,32 @@ fn too_many_processors_are_refused() {
             }
         );
     }
+}
+
+#[test]
+fn memory_modules_have_their_slots() {
+    let dsdt = |modules| {
+        let tables = build(&AcpiConfig {
+            apic_ids: &[0],
+            present: 1,
+            serial: false,
+            hotplug: true,
+            modules,
+        });
+        find(&tables.unwrap()).dsdt
+    };
+    let count = |dsdt: &[u8], name: &[u8]| {
+        let parts = dsdt.windows(name.len());
+        parts.filter(|part| *part == name).count()
+    };
+    let with = dsdt(true);
+    // PNP0C80, compressed.
+    assert_eq!(count(&with, &[0x41, 0xd0, 0x0c, 0x80]), 16);
+    assert_eq!(
+        count(&with, b"MMRS"),
+        2 * 16,
+        "a field, and what returns it"
+    );
+    assert_eq!(count(&with, b"MMNT"), 2, "a method, and its caller");
+    assert_eq!(count(&dsdt(false), b"MEMH"), 0);
 }

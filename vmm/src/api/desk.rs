@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     config::{ConfigError, CpusConfig, VmConfig},
+    modules::ModuleArea,
     peripherals::{Handle, PeripheralError, Plug, mem},
     scheduling::{Placed, Scheduling, SchedulingError},
     state::State,
@@ -140,6 +141,7 @@ impl Desk<'_> {
             if let Some(Handle::Memory(added)) = plug.handle(mem::NAME) {
                 memory += added.plugged();
             }
+            memory += vm.board().modules().map_or(0, ModuleArea::used);
             if let Some(Handle::Balloon(balloon)) = plug.handle("balloon") {
                 memory = memory.saturating_sub(balloon.actual());
             }
@@ -158,11 +160,14 @@ impl Desk<'_> {
         })))
     }
 
-    /// The exits of all VPs by kind.
+    /// The exits of all VPs by kind, and what devices have counted by their names.
     fn counters(&self) -> Answer {
+        let vm = self.running()?;
         let mut totals = Totals::default();
-        self.running()?.add_to(&mut totals);
-        Ok(Some(json!({ "_exits": totals.exits })))
+        vm.add_to(&mut totals);
+        let mut counters = json!(vm.board().plug().counts());
+        counters["_exits"] = json!(totals.exits);
+        Ok(Some(counters))
     }
 
     /// Adds a device to the configuration by `extend`, and, while the machine runs, to it by `plug_in`.

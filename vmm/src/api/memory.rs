@@ -3,7 +3,12 @@
 use devices::virtio::mem::BLOCK;
 
 use super::{Desk, Refusal};
-use crate::peripherals::{Handle, mem};
+use crate::{
+    config::HotplugMethod,
+    modules::UNIT,
+    peripherals::{Handle, mem},
+    vm::Vm,
+};
 
 impl Desk<'_> {
     /// The guest is to have `bytes` of memory, with those that are there from the start. It gets there in its own time.
@@ -16,7 +21,7 @@ impl Desk<'_> {
         if hotplug == 0 {
             return Err(Refusal::unsupported(format!(
                 "the machine has {size} bytes of memory, and none that can come and go (--memory \
-                 hotplug_size=SIZE,hotplug_method=virtio-mem); a balloon can take some of it (desired_balloon)"
+                 hotplug_size=SIZE); a balloon can take some of it (desired_balloon)"
             )));
         }
         let most = size.saturating_add(hotplug);
@@ -26,6 +31,9 @@ impl Desk<'_> {
             )));
         }
         let added = bytes - size;
+        if memory.hotplug_method == HotplugMethod::Acpi {
+            return self.add_modules(added);
+        }
         if !added.is_multiple_of(BLOCK) {
             return Err(Refusal::bad(format!(
                 "memory comes and goes by 2 MiB, and {bytes} bytes are {added} more than there are from the start"
@@ -40,6 +48,38 @@ impl Desk<'_> {
             };
             memory.resize(added).map_err(|error| {
                 Refusal::failed("the memory could not be resized").because(&error)
+            })?;
+        }
+        self.config.memory.hotplugged_size = Some(added);
+        Ok(())
+    }
+
+    /// The guest is to have `added` bytes in memory modules. What has come stays.
+    fn add_modules(&mut self, added: u64) -> Result<(), Refusal> {
+        let memory = &mut self.config.memory;
+        let before = memory.hotplugged();
+        let running = self.vm.map(Vm::board);
+        let Some(more) = added.checked_sub(before) else {
+            if running.is_none() {
+                memory.hotplugged_size = Some(added);
+                return Ok(());
+            }
+            return Err(Refusal::unsupported(format!(
+                "the guest has {before} bytes in memory modules, which stay; memory goes again with \
+                 --memory hotplug_method=virtio-mem, and a balloon can take some of it (desired_balloon)"
+            )));
+        };
+        if !more.is_multiple_of(UNIT) {
+            return Err(Refusal::bad(format!(
+                "memory modules have multiples of {} MiB, not the {more} bytes that would be more",
+                UNIT >> 20
+            )));
+        }
+        if let (Some(board), true) = (running, more > 0) {
+            let area = board.modules();
+            let came = area.map(|area| area.add(more)).transpose();
+            came.map_err(|error| {
+                Refusal::failed("the memory module could not be added").because(&error)
             })?;
         }
         self.config.memory.hotplugged_size = Some(added);

@@ -227,6 +227,18 @@ fn memory_is_resized_within_what_there_is() {
     }
     assert_eq!(resize(&mut api, 512).0, 204);
     assert_eq!(api.config.memory.hotplugged_size, Some(0));
+    // As modules, which is what is meant where nothing is said.
+    api.config.memory = "size=512M,hotplug_size=1G".parse().unwrap();
+    for (mib, status, why) in [
+        (640, 204, ""),
+        (641, 400, "128 MiB"),
+        (1664, 400, "from "),
+        (512, 204, ""),
+    ] {
+        let (found, body) = resize(&mut api, mib);
+        assert_eq!(found, status, "{body}");
+        assert!(body.contains(why), "{body}");
+    }
     // What ch-remote sends.
     let net = r#"{"tap":"t","vhost_user":false,"vhost_socket":null,"vhost_mode":"Client"}"#;
     assert_eq!(api.call("PUT", "vm.add-net", net).0, 204);

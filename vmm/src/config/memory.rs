@@ -9,7 +9,10 @@ use super::{
     ConfigError,
     options::{keys, size, switch},
 };
-use crate::layout::{LayoutError, MemoryLayout};
+use crate::{
+    layout::{LayoutError, MemoryLayout},
+    modules::UNIT,
+};
 
 /// Pages are 4 KiB everywhere in the ABI.
 const PAGE_SIZE: u64 = 4096;
@@ -41,7 +44,7 @@ pub struct MemoryConfig {
 /// How memory comes and goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HotplugMethod {
-    /// As memory modules that ACPI tells of. Rota has none.
+    /// As memory modules that ACPI tells of, and that stay.
     #[default]
     Acpi,
     /// In blocks that a virtio device tells of.
@@ -74,10 +77,22 @@ impl Default for MemoryConfig {
 }
 
 impl MemoryConfig {
-    /// Bytes that can come and go.
+    /// Bytes that can come and go; whole units of memory modules, where they come as such.
     #[must_use]
     pub fn hotplug(&self) -> u64 {
-        self.hotplug_size.unwrap_or(0)
+        let size = self.hotplug_size.unwrap_or(0);
+        match self.hotplug_method {
+            HotplugMethod::Acpi => size - size % UNIT,
+            HotplugMethod::VirtioMem => size,
+        }
+    }
+
+    /// Bytes that the guest begins with in memory modules.
+    pub(crate) fn modules(&self) -> u64 {
+        match self.hotplug_method {
+            HotplugMethod::Acpi => self.hotplugged(),
+            HotplugMethod::VirtioMem => 0,
+        }
     }
 
     /// Bytes of these that the guest is to have.
@@ -117,12 +132,17 @@ impl MemoryConfig {
             });
         }
         let (hotplug, hotplugged) = (self.hotplug(), self.hotplugged());
-        if hotplug > 0 && self.hotplug_method == HotplugMethod::Acpi {
-            return Err(ConfigError::AcpiMemory);
-        }
+        let unit = match self.hotplug_method {
+            HotplugMethod::Acpi => UNIT,
+            HotplugMethod::VirtioMem => BLOCK,
+        };
         for (key, bytes) in [("hotplug_size", hotplug), ("hotplugged_size", hotplugged)] {
-            if !bytes.is_multiple_of(BLOCK) {
-                return Err(ConfigError::UnalignedHotplug { key, bytes });
+            if !bytes.is_multiple_of(unit) {
+                return Err(ConfigError::UnalignedHotplug {
+                    key,
+                    bytes,
+                    mib: unit >> 20,
+                });
             }
         }
         if hotplugged > hotplug {
@@ -209,12 +229,19 @@ mod tests {
             let memory: MemoryConfig = text.parse().unwrap();
             memory.validate(40).map_err(|error| error.to_string())
         };
+        // What an engine says that means all of the host's memory.
+        assert_eq!(check("size=512M,hotplug_size=1234567890"), Ok(()));
+        let modules: MemoryConfig = "size=512M,hotplug_size=300M".parse().unwrap();
+        assert_eq!(modules.hotplug(), 256 << 20);
         let virtio = "size=512M,hotplug_method=virtio-mem";
         assert_eq!(check(&format!("{virtio},hotplug_size=1G")), Ok(()));
         assert_eq!(check(&format!("{virtio},hotplug_size=0")), Ok(()));
         for (text, why) in [
-            ("size=512M,hotplug_size=1G", "hotplug_method=virtio-mem"),
-            ("size=512M,hotplugged_size=2M", "more than the 0"),
+            ("size=512M,hotplugged_size=128M", "more than the 0"),
+            (
+                "size=512M,hotplug_size=1G,hotplugged_size=2M",
+                "multiple of 128 MiB",
+            ),
             (
                 &format!("{virtio},hotplug_size=1M"),
                 "hotplug_size: 1048576",

@@ -262,18 +262,15 @@ pub enum ConfigError {
     /// A way for memory to come and go that does not exist.
     #[error("hotplug_method: '{0}' is not one of virtio-mem, acpi")]
     NotAHotplugMethod(String),
-    /// Memory modules, which Rota does not have.
-    #[error(
-        "memory: hotplug_method=acpi, which is the default, is not supported; memory comes and goes with hotplug_method=virtio-mem"
-    )]
-    AcpiMemory,
     /// Not whole blocks.
-    #[error("memory: {key}: {bytes} is not a multiple of 2 MiB")]
+    #[error("memory: {key}: {bytes} is not a multiple of {mib} MiB")]
     UnalignedHotplug {
         /// The key.
         key: &'static str,
         /// Its value.
         bytes: u64,
+        /// What it has to be a multiple of, in MiB.
+        mib: u64,
     },
     /// More of the memory that comes and goes than there is.
     #[error(

@@ -47,12 +47,12 @@ pub(crate) use occupants::Handle;
 pub use pmem::PmemError;
 
 use device_memory::DeviceMemory;
-use occupants::{Occupant, Occupants};
+use occupants::{Belongings, Occupant, Occupants};
 
 use crate::{
     config::{
-        BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, RateLimitGroupConfig, VmConfig,
-        VsockConfig, name,
+        BalloonConfig, DiskConfig, FsConfig, HotplugMethod, NetConfig, PmemConfig,
+        RateLimitGroupConfig, VmConfig, VsockConfig, name,
     },
     hvc::Hvc,
     interrupts::Routes,
@@ -181,7 +181,9 @@ pub(crate) fn plug_all(
     for pmem in &config.pmem {
         plug.pmem(pmem)?;
     }
-    if let Some(range) = layout.hotplug {
+    if let Some(range) = layout.hotplug
+        && config.memory.hotplug_method == HotplugMethod::VirtioMem
+    {
         mem::plug(plug, &config.memory, range)?;
     }
     if let Some(balloon) = &config.balloon {
@@ -195,7 +197,8 @@ pub(crate) fn plug_all(
         plug.virtio("watchdog", Box::new(device))?;
     }
     if config.pvpanic {
-        plug.function("pvpanic", PVPANIC_BAR_LENGTH, Handle::Fixed, |address| {
+        let nothing = Belongings::default();
+        plug.function("pvpanic", PVPANIC_BAR_LENGTH, nothing, |address| {
             Ok(Arc::new(PvPanic::new(address, report_panic())))
         })?;
     }
@@ -345,6 +348,11 @@ impl Plug {
         self.occupants.list()
     }
 
+    /// What each device that counts its work has counted.
+    pub(crate) fn counts(&self) -> BTreeMap<String, BTreeMap<&'static str, u64>> {
+        self.occupants.counts()
+    }
+
     fn virtio(&self, name: &str, device: Box<dyn VirtioDevice>) -> Result<Slot, PeripheralError> {
         self.virtio_with(name, device, Handle::Fixed)
     }
@@ -356,7 +364,11 @@ impl Plug {
         device: Box<dyn VirtioDevice>,
         handle: Handle,
     ) -> Result<Slot, PeripheralError> {
-        self.function(name, BAR_LENGTH, handle, |address| {
+        let belongings = Belongings {
+            counters: device.counters(),
+            handle,
+        };
+        self.function(name, BAR_LENGTH, belongings, |address| {
             let vectors = self.routes.vectors(VirtioPci::vectors(device.as_ref()))?;
             let environment = Environment {
                 memory: self.memory.clone(),
@@ -374,7 +386,7 @@ impl Plug {
         &self,
         name: &str,
         length: u32,
-        handle: Handle,
+        belongings: Belongings,
         make: impl FnOnce(u32) -> io::Result<Arc<dyn PciFunction>>,
     ) -> Result<Slot, PeripheralError> {
         let device = || name.to_owned();
@@ -400,7 +412,7 @@ impl Plug {
         let occupant = Occupant {
             slot,
             addresses,
-            handle,
+            belongings,
         };
         self.occupants.insert(name, occupant);
         Ok(slot)

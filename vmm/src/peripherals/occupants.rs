@@ -7,16 +7,25 @@ use std::{
 
 use devices::{
     pci::Slot,
-    virtio::{balloon::BalloonHandle, block::Resizer, mem::MemHandle},
+    virtio::{Counted, balloon::BalloonHandle, block::Resizer, mem::MemHandle},
 };
 use vm_allocator::RangeInclusive;
 
 use super::device_memory::Lent;
 
-/// What belongs to a device: what can be changed about it, or what goes with it.
-#[derive(Clone)]
+/// What belongs to a device.
+#[derive(Default)]
+pub(super) struct Belongings {
+    pub(super) handle: Handle,
+    /// What it counts, if it does.
+    pub(super) counters: Option<Arc<dyn Counted>>,
+}
+
+/// What can be changed about it, or what goes with it.
+#[derive(Clone, Default)]
 pub(crate) enum Handle {
     /// Nothing.
+    #[default]
     Fixed,
     /// How large it is.
     Disk(Resizer),
@@ -34,7 +43,7 @@ pub(super) struct Occupant {
     pub(super) slot: Slot,
     /// What the allocator gave for its BAR.
     pub(super) addresses: RangeInclusive,
-    pub(super) handle: Handle,
+    pub(super) belongings: Belongings,
 }
 
 /// The devices by name.
@@ -68,7 +77,18 @@ impl Occupants {
     pub(super) fn handle(&self, name: &str) -> Option<Handle> {
         self.lock()
             .get(name)
-            .map(|occupant| occupant.handle.clone())
+            .map(|occupant| occupant.belongings.handle.clone())
+    }
+
+    /// What each device that counts has counted.
+    pub(super) fn counts(&self) -> BTreeMap<String, BTreeMap<&'static str, u64>> {
+        let occupants = self.lock();
+        let counting = occupants
+            .iter()
+            .filter_map(|(name, occupant)| Some((name, occupant.belongings.counters.as_ref()?)));
+        counting
+            .map(|(name, counters)| (name.clone(), counters.counts().into_iter().collect()))
+            .collect()
     }
 
     /// All names and slots.
