@@ -32,8 +32,12 @@ impl<'a> Report<'a> {
         } = self.results;
         let (steal, others) = self.results.disturbance();
         let count = if *rounds == 1 { "run" } else { "runs" };
+        let each = match self.experiment.timed {
+            true => format!(" of {seconds} s each"),
+            false => String::new(),
+        };
         format!(
-            "{}; {rounds} {count} of {seconds} s each, in random order; median [95 % bootstrap interval]; \
+            "{}; {rounds} {count}{each}, in random order; median [95 % bootstrap interval]; \
              steal {:.2} %, other load on the machine {}; {} runs discarded for these",
             machine(),
             steal * 100.0,

@@ -19,6 +19,7 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
     Experiment {
         id: "B1",
         title: "how even a vCPU runs beside a noisy VM",
+        timed: true,
         setting: format!(
             "2 CPUs; a VM of 1 vCPU (thread) that does units of 100 µs, and a noisy VM of {NOISE} vCPUs that never stop; a unit's duration"
         ),

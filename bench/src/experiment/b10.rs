@@ -49,7 +49,8 @@ pub(super) fn experiment(_settings: &Settings) -> Experiment {
     Experiment {
         id: "B10",
         title: "who schedules, found out",
-        setting: "real VPs on softmshv, a new process for each detection; no peer looks. A verdict is right or wrong, nothing is repeated"
+        timed: false,
+        setting: "real VPs on softmshv, a new process for each detection; no peer looks. One that steal has disturbed is repeated, and its verdict counts all the same"
             .into(),
         metrics: vec![metric("right", "right", "%"), metric("ms", "time", "ms")],
         variants: DEVICES
@@ -117,11 +118,12 @@ pub(super) fn inside() -> Result<()> {
 const ENOUGH: usize = 1000;
 
 fn criteria(results: &Results) -> Vec<Criterion> {
-    let counted = || results.samples.iter().filter(|sample| !sample.discarded);
-    let metric = |key| counted().filter_map(move |sample| sample.outcome.metrics.get(key).copied());
+    // Also those that were repeated: nothing excuses a wrong verdict.
+    let all = || results.samples.iter();
+    let metric = |key| all().filter_map(move |sample| sample.outcome.metrics.get(key).copied());
     let wrong = metric("right").filter(|right| *right < 100.0).count();
     let worst = metric("ms").fold(0.0, f64::max);
-    let of = |name: &str| counted().filter(|sample| sample.variant == name).count();
+    let of = |name: &str| all().filter(|sample| sample.variant == name).count();
     let least = DEVICES.iter().map(|(name, ..)| of(name)).min();
     let judge = |what: String, value: f64, is_met: fn(f64) -> bool| {
         let runs = least.unwrap_or(0);
@@ -139,7 +141,7 @@ fn criteria(results: &Results) -> Vec<Criterion> {
         judge(
             format!(
                 "wrong verdicts in {} detections, {ENOUGH} of each device at least, = 0",
-                counted().count()
+                all().count()
             ),
             wrong as f64,
             |wrong| wrong == 0.0,
@@ -171,7 +173,10 @@ mod tests {
             .flat_map(|round| DEVICES.map(|(name, ..)| sample(name, round, 100.0)))
             .collect();
         if wrong {
-            samples.push(sample("core", of_each, 0.0));
+            samples.push(Sample {
+                discarded: true,
+                ..sample("core", of_each, 0.0)
+            });
         }
         Results {
             rounds: of_each,

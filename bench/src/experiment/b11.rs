@@ -63,6 +63,7 @@ pub(super) fn experiment(_settings: &Settings) -> Experiment {
     Experiment {
         id: "B11",
         title: "the planner",
+        timed: false,
         setting: "no VM runs; synthetic hosts. One more VM on a host of 256 CPUs with 200 VMs, planned 100 times".into(),
         metrics: vec![
             metric("median", "median", "µs"),

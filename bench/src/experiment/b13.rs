@@ -41,6 +41,7 @@ pub(super) fn experiment(_settings: &Settings) -> Experiment {
     Experiment {
         id: "B13",
         title: "what metering and looking after vCPUs cost",
+        timed: true,
         setting: format!(
             "{VCPUS} threads that wake 50 times a second, metered as vCPUs; CPU time of the thread that takes samples and writes them as \
              text, once a second; of an exit that is metered; and of the thread that keeps them where they should be"

@@ -21,6 +21,7 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
     Experiment {
         id: "B2",
         title: "how late a vCPU wakes among busy ones",
+        timed: true,
         setting: format!(
             "one CPU: a VM of 1 vCPU (thread) that wakes every {PERIOD_US} µs and works 20 µs, and a VM of {HOGS} vCPUs that never stop"
         ),

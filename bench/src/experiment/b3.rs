@@ -21,6 +21,7 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
     Experiment {
         id: "B3",
         title: "guests that spin for each other: gangs against pins",
+        timed: true,
         setting: format!(
             "2 or 3 VMs (processes) of 2 vCPUs (threads) on 2 CPUs; both vCPUs work {WORK_US} µs, then wait for each other spinning"
         ),

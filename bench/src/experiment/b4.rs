@@ -11,6 +11,7 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
     Experiment {
         id: "B4",
         title: "guests that spin for a while, then sleep: gangs must not cost",
+        timed: true,
         setting: format!(
             "2 VMs (processes) of 2 vCPUs (threads) on 2 CPUs; both vCPUs work 20 µs, then wait for each other: {SPIN_US} µs spinning, then asleep"
         ),

@@ -19,6 +19,7 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
     Experiment {
         id: "B5",
         title: "fairness among VMs that never stop",
+        timed: true,
         setting: "2 CPUs; vCPUs are threads that never stop. 3 VMs of 1 vCPU; 2 VMs of 2 vCPUs with weights 1:3; \
                   a VM of 1 and one of 4 vCPUs with equal weights"
             .into(),

@@ -19,6 +19,7 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
     Experiment {
         id: "B6",
         title: "long slices for vCPUs that fill the cache",
+        timed: true,
         setting: format!(
             "{VMS} VMs of 1 vCPU (thread) on 2 CPUs; each walks through {KIB} KiB of its own, a cache line a step"
         ),

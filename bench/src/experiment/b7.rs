@@ -28,6 +28,7 @@ pub(super) fn experiment(_settings: &Settings) -> Experiment {
     Experiment {
         id: "B7",
         title: "what a request to Linux is worth where the hypervisor schedules",
+        timed: true,
         setting: "real VPs on softmshv, which count for ever in real mode; a VM has 1 VP. Affinity: 2 VMs, both to CPU a alone; \
                   quota: 1 VM, 4 ms in 10 ms; weights: 2 VMs on one CPU (core: one logical processor), 1:3. \
                   A standstill is how long a VP's count was seen not to change, by one who looks every millisecond. \

@@ -17,6 +17,7 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
     Experiment {
         id: "B8",
         title: "a VM capped at 40 % of a CPU: how long it stands still",
+        timed: true,
         setting: "a VM of 1 vCPU (thread) that never stops; standstills are units of 100 µs that took longer than 500 µs".into(),
         metrics: vec![
             metric("run", "run time", "% of a CPU"),

@@ -58,6 +58,7 @@ pub(super) fn experiment(settings: &Settings) -> Experiment {
     Experiment {
         id: "B9",
         title: "somebody else moves a vCPU: how long it stays there",
+        timed: true,
         setting: "a VM of 1 vCPU (thread) that never stops, to be on CPU a; somebody moves it to CPU b, with taskset or by writing to \
                   its cpuset. Or CPU a leaves the cpuset around the VM's process for 300 ms, or (with a and b the other way round) goes offline \
                   for as long, and the time counts from its return. At most the run's seconds, in which it was not moved back"

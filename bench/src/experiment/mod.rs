@@ -55,6 +55,8 @@ impl Settings {
 pub(crate) struct Experiment {
     pub(crate) id: &'static str,
     pub(crate) title: &'static str,
+    /// Whether a run takes as long as `--seconds` says; else as long as it takes.
+    pub(crate) timed: bool,
     /// What runs, in a sentence.
     pub(crate) setting: String,
     pub(crate) metrics: Vec<Metric>,
