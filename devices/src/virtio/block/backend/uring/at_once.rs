@@ -8,7 +8,7 @@ use crate::virtio::block::{
 };
 
 /// The most bytes: more are worth a thread.
-const MOST_BYTES: u64 = 128 << 10;
+const MOST_BYTES: u64 = 64 << 10;
 /// A write that takes so long has waited for something else than memory.
 const SLOW: Duration = Duration::from_millis(1);
 /// So many writes are passed on after a slow one: the other requests of the queue are not to wait as well.
