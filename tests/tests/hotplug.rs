@@ -12,7 +12,7 @@ use rota_tests::api::Api;
 use rota_tests::child::{self, Vmm};
 use rota_tests::image::Image;
 use rota_tests::require;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Waits in the guest, up to half a minute, until `condition` is true.
 fn wait_until(vmm: &mut Vmm, condition: &str) {
@@ -70,6 +70,38 @@ fn a_disk_comes_and_goes_and_comes_again() {
         assert_eq!(info["config"]["disks"], json!([]));
     }
     // The image, and the events for kicks and interrupts.
+    assert_eq!(descriptors(&vmm), before, "something is left open");
+    power_off(vmm, &api);
+}
+
+#[test]
+fn the_bus_is_filled_and_emptied() {
+    require!(child::bootable());
+    let api = Api::new("hotplug-full");
+    let image = Image::new("hotplug-full");
+    let mut vmm = Vmm::boot_with_drivers(&["--api-socket", &api.option()]);
+    vmm.guest_runs("true");
+    let before = descriptors(&vmm);
+    let there = api.info()["device_tree"].as_object().map_or(0, Map::len);
+    // One of the bus's 32 slots is the host bridge's.
+    let room = 31 - there;
+    let disk =
+        |number| json!({ "path": image.path(), "readonly": true, "id": format!("d{number}") });
+    for number in 0..room {
+        api.put("vm.add-disk", &disk(number));
+    }
+    let (status, why) = api.ask("PUT", "vm.add-disk", &disk(room));
+    assert_eq!(status, 500, "{why}");
+    wait_until(
+        &mut vmm,
+        &format!("[ $(ls -d /sys/block/vd* | wc -l) = {room} ]"),
+    );
+    let last = "sha256sum /dev/$(ls /sys/block | grep vd | tail -n 1) | cut -c1-64";
+    assert_eq!(vmm.guest_runs(last), image.checksum());
+    for number in 0..room {
+        api.put("vm.remove-device", &json!({ "id": format!("d{number}") }));
+    }
+    wait_until(&mut vmm, "[ $(ls /sys/block | grep -c vd) = 0 ]");
     assert_eq!(descriptors(&vmm), before, "something is left open");
     power_off(vmm, &api);
 }
