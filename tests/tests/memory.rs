@@ -14,6 +14,9 @@ use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
+/// Prints how much memory the guest has, in KiB.
+const TOTAL: &str = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+
 /// Waits in the guest, up to a minute, until `condition` is true.
 fn wait_until(vmm: &mut Vmm, condition: &str) {
     vmm.guest_waits_until(condition, Duration::from_secs(60));
@@ -127,6 +130,19 @@ fn resident(vmm: &Vmm) -> u64 {
     pages.parse::<u64>().expect("a number") * 4096
 }
 
+/// Has the guest keep `mib` MiB in its memory, as a file in /more, and checks that they are what was written.
+fn fill(vmm: &mut Vmm, mib: u32) {
+    let room = mib + 100;
+    vmm.guest_runs("dd if=/dev/urandom of=/part bs=1M count=1 2>/dev/null");
+    vmm.guest_runs(&format!(
+        "mkdir /more && mount -t tmpfs -o size={room}m tmpfs /more"
+    ));
+    let parts = format!("(for i in $(seq {mib}); do cat /part; done)");
+    vmm.guest_runs(&format!("{parts} >/more/data"));
+    let sum = vmm.guest_runs("md5sum </more/data");
+    assert_eq!(sum, vmm.guest_runs(&format!("{parts} | md5sum")));
+}
+
 #[test]
 fn memory_comes_and_goes() {
     require!(child::bootable());
@@ -141,22 +157,16 @@ fn memory_comes_and_goes() {
         "size=256M,hotplug_method=virtio-mem,hotplug_size=512M",
     ]);
     vmm.guest_runs("echo online_movable >/sys/devices/system/memory/auto_online_blocks");
-    let total = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
-    let at_start: u64 = vmm.guest_runs(total).parse().expect("a number");
+    let at_start: u64 = vmm.guest_runs(TOTAL).parse().expect("a number");
     assert_eq!(api.info()["memory_actual_size"], 256 * MIB);
 
     api.put("vm.resize", &json!({ "desired_ram": 512 * MIB }));
     let more = at_start + (256 << 10);
-    wait_until(&mut vmm, &format!("[ $({total}) -ge {more} ]"));
+    wait_until(&mut vmm, &format!("[ $({TOTAL}) -ge {more} ]"));
     assert_eq!(api.info()["memory_actual_size"], 512 * MIB);
     let before = resident(&vmm);
-    vmm.guest_runs("dd if=/dev/urandom of=/part bs=1M count=1 2>/dev/null");
-    vmm.guest_runs("mkdir /more && mount -t tmpfs -o size=200m tmpfs /more");
     // Linux prefers memory that can go for what can be moved.
-    let parts = "(for i in $(seq 120); do cat /part; done)";
-    vmm.guest_runs(&format!("{parts} >/more/data"));
-    let sum = vmm.guest_runs("md5sum </more/data");
-    assert_eq!(sum, vmm.guest_runs(&format!("{parts} | md5sum")));
+    fill(&mut vmm, 120);
     let full = resident(&vmm);
     assert!(full > before + 100 * MIB, "{before} bytes, then {full}");
     vmm.guest_runs("rm /more/data");
@@ -165,7 +175,7 @@ fn memory_comes_and_goes() {
     assert_eq!(sum, image.checksum(), "{}", vmm.printed());
 
     api.put("vm.resize", &json!({ "desired_ram": 256 * MIB }));
-    wait_until(&mut vmm, &format!("[ $({total}) -le {at_start} ]"));
+    wait_until(&mut vmm, &format!("[ $({TOTAL}) -le {at_start} ]"));
     assert_eq!(api.info()["memory_actual_size"], 256 * MIB);
     let left = resident(&vmm);
     assert!(left + 100 * MIB < full, "{full} bytes, then {left}");
@@ -194,22 +204,16 @@ fn memory_modules_come_and_stay() {
         "size=256M,hotplug_size=1G",
     ]);
     let online = "echo online >/sys/devices/system/memory/auto_online_blocks";
-    let total = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
     vmm.guest_runs(online);
-    let at_start: u64 = vmm.guest_runs(total).parse().expect("a number");
-    let has = |mib: u64| format!("[ $({total}) -ge {} ]", at_start + (mib << 10) - 4096);
+    let at_start: u64 = vmm.guest_runs(TOTAL).parse().expect("a number");
+    let has = |mib: u64| format!("[ $({TOTAL}) -ge {} ]", at_start + (mib << 10) - 4096);
     for (mib, more) in [(384, 128), (640, 384)] {
         api.put("vm.resize", &json!({ "desired_ram": mib * MIB }));
         assert_eq!(api.info()["memory_actual_size"], mib * MIB);
         wait_until(&mut vmm, &has(more));
     }
     let before = resident(&vmm);
-    vmm.guest_runs("mkdir /more && mount -t tmpfs -o size=400m tmpfs /more");
-    vmm.guest_runs("dd if=/dev/urandom of=/part bs=1M count=1 2>/dev/null");
-    let parts = "(for i in $(seq 300); do cat /part; done)";
-    vmm.guest_runs(&format!("{parts} >/more/data"));
-    let sum = vmm.guest_runs("md5sum </more/data");
-    assert_eq!(sum, vmm.guest_runs(&format!("{parts} | md5sum")));
+    fill(&mut vmm, 300);
     let full = resident(&vmm);
     assert!(full > before + 200 * MIB, "{before} bytes, then {full}");
 

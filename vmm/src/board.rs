@@ -25,7 +25,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    config::{HotplugMethod, VmConfig},
+    config::VmConfig,
     hvc::Hvc,
     interrupts::{PinRoutes, Routes},
     layout::{self, MemoryLayout},
@@ -219,9 +219,7 @@ impl Board {
                 Arc::clone(&processors) as _,
             )?;
             let mut modules = None;
-            if let Some(range) = layout.hotplug
-                && config.memory.hotplug_method == HotplugMethod::Acpi
-            {
+            if let Some(range) = config.memory.module_area(layout) {
                 let registers = Arc::new(Modules::new(Arc::clone(&device)));
                 let area = ModuleArea::new(
                     partition,

@@ -11,7 +11,7 @@ use crate::{
     acpi::{self, AcpiConfig, AcpiError},
     board::{Board, BoardError, Events},
     boot::{self, BootError},
-    config::{HotplugMethod, SerialMode, VmConfig},
+    config::{SerialMode, VmConfig},
     console::Console,
     hvc::Hvc,
     layout::{self, LayoutError},
@@ -139,8 +139,7 @@ impl Vm {
             present: config.cpus.boot_vcpus as usize,
             serial,
             hotplug: events == Events::On,
-            modules: layout.hotplug.is_some()
-                && config.memory.hotplug_method == HotplugMethod::Acpi,
+            modules: config.memory.module_area(&layout).is_some(),
         })?;
         let machine = boot::Machine {
             memory_map: layout::memory_map(config.memory.size)?,

@@ -29,10 +29,10 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Sdt {
     if config.serial {
         com1(&mut aml);
     }
-    if config.hotplug && config.modules {
-        modules::describe(&mut aml);
-    }
     if config.hotplug {
+        if config.modules {
+            modules::describe(&mut aml);
+        }
         hotplug::describe(config.modules, &mut aml);
     }
     let mut dsdt = Sdt::new(*b"DSDT", 36, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);

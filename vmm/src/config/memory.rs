@@ -10,7 +10,7 @@ use super::{
     options::{keys, size, switch},
 };
 use crate::{
-    layout::{LayoutError, MemoryLayout},
+    layout::{LayoutError, MemoryLayout, Range},
     modules::UNIT,
 };
 
@@ -85,6 +85,18 @@ impl MemoryConfig {
             HotplugMethod::Acpi => size - size % UNIT,
             HotplugMethod::VirtioMem => size,
         }
+    }
+
+    /// Where memory modules come, of a machine with `layout`, if they can.
+    pub(crate) fn module_area(&self, layout: &MemoryLayout) -> Option<Range> {
+        let as_modules = self.hotplug_method == HotplugMethod::Acpi;
+        layout.hotplug.filter(|_| as_modules)
+    }
+
+    /// Where memory comes and goes by virtio-mem, likewise.
+    pub(crate) fn virtio_mem_area(&self, layout: &MemoryLayout) -> Option<Range> {
+        let by_virtio_mem = self.hotplug_method == HotplugMethod::VirtioMem;
+        layout.hotplug.filter(|_| by_virtio_mem)
     }
 
     /// Bytes that the guest begins with in memory modules.

@@ -51,8 +51,8 @@ use occupants::{Belongings, Occupant, Occupants};
 
 use crate::{
     config::{
-        BalloonConfig, DiskConfig, FsConfig, HotplugMethod, NetConfig, PmemConfig,
-        RateLimitGroupConfig, VmConfig, VsockConfig, name,
+        BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, RateLimitGroupConfig, VmConfig,
+        VsockConfig, name,
     },
     hvc::Hvc,
     interrupts::Routes,
@@ -181,9 +181,7 @@ pub(crate) fn plug_all(
     for pmem in &config.pmem {
         plug.pmem(pmem)?;
     }
-    if let Some(range) = layout.hotplug
-        && config.memory.hotplug_method == HotplugMethod::VirtioMem
-    {
+    if let Some(range) = config.memory.virtio_mem_area(layout) {
         mem::plug(plug, &config.memory, range)?;
     }
     if let Some(balloon) = &config.balloon {

@@ -13,6 +13,7 @@
 pub mod backend;
 mod bounce;
 mod config;
+mod counts;
 pub mod image;
 mod queue;
 mod request;
@@ -63,17 +64,9 @@ pub struct BlockConfig {
 pub struct Block {
     config: BlockConfig,
     disk: Arc<Disk>,
-    counters: Arc<BlockCounters>,
+    counters: Arc<Counters<4>>,
     workers: Vec<Worker<QueueHandler>>,
 }
-
-/// What a disk counts: of requests that were done, by the numbers below.
-type BlockCounters = Counters<4>;
-
-const READ_BYTES: usize = 0;
-const READ_OPS: usize = 1;
-const WRITE_BYTES: usize = 2;
-const WRITE_OPS: usize = 3;
 
 /// What the queues of a disk have in common.
 struct Disk {
@@ -117,9 +110,8 @@ impl Block {
                 config.name
             );
         }
-        let names = ["read_bytes", "read_ops", "write_bytes", "write_ops"];
         Ok(Self {
-            counters: Arc::new(Counters::new(names, config.queues.into())),
+            counters: Arc::new(counts::counters(config.queues.into())),
             config,
             disk: Arc::new(disk),
             workers: Vec::new(),

@@ -15,14 +15,13 @@ use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    Disk, READ_BYTES, READ_OPS, WRITE_BYTES, WRITE_OPS,
+    Disk,
     backend::{Access, Action, Backend, Completion, Job, Unmap},
     bounce::{self, Bounce},
+    counts::{Counts, READ_BYTES, READ_OPS, WRITE_BYTES, WRITE_OPS},
     request::{Request, Rules, Segment, Status},
 };
-use crate::virtio::{
-    Buffers, Chain, DeviceError, Handler, Lane, Poll, VirtQueue, rate_limiter::Gate,
-};
+use crate::virtio::{Buffers, Chain, DeviceError, Handler, Poll, VirtQueue, rate_limiter::Gate};
 
 /// The driver has kicked.
 const KICK: u64 = 0;
@@ -45,7 +44,7 @@ pub(super) struct QueueHandler {
     stopped: Option<u16>,
     disk: Arc<Disk>,
     rules: Rules,
-    counts: Arc<Lane<4>>,
+    counts: Arc<Counts>,
     /// The last error of the host that was logged: a guest does not fill the log by asking again.
     logged: Option<io::ErrorKind>,
 }
@@ -101,7 +100,7 @@ impl QueueHandler {
         gate: Gate,
         disk: Arc<Disk>,
         rules: Rules,
-        counts: Arc<Lane<4>>,
+        counts: Arc<Counts>,
     ) -> Self {
         let size = queue.ring().size();
         let slots = (0..size).map(|_| Slot::new(&queue)).collect();
